@@ -1,0 +1,1 @@
+"""Run virtual machines on KVM from Python."""

@@ -1,0 +1,303 @@
+"""Port and memory buses: sorted ranges, handlers in C or Python, statistics.
+
+A bus finds the range that wholly holds an access. An access that no range
+holds, or that crosses the edge of one, is unclaimed: it reads as all ones and
+writes are dropped, as on a PC; the run loop counts it.
+"""
+from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from .errors import BusError, DeviceError
+
+cdef extern from *:
+    """
+    static inline int chv_msb(unsigned long long v) { return 63 - __builtin_clzll(v); }
+    """
+    int chv_msb(unsigned long long v) noexcept nogil
+
+
+cdef class CDevice:
+    """Base of devices whose registers are handled in C, without the GIL.
+
+    ``read`` and ``write`` call the same functions as the run loop does, so a
+    test can talk to the device without a VM.
+    """
+
+    def read(self, offset: int, size: int) -> int:
+        """The value of the ``size``-byte register access at ``offset``."""
+        cdef uint64_t value = 0
+        cdef uint32_t c_size = _access_size(size)
+        cdef uint64_t c_offset = offset
+        cdef int result
+        if self.ops.read is NULL:
+            raise DeviceError(f"{type(self).__name__} has no read handler")
+        with nogil:
+            result = self.ops.read(self.ops.ctx, c_offset, c_size, <uint8_t *>&value)
+        return value
+
+    def write(self, offset: int, size: int, value: int) -> int:
+        """Write ``value``; returns what the handler asks of the run loop (0: nothing, 1: reset, 2: shutdown)."""
+        cdef uint32_t c_size = _access_size(size)
+        cdef uint64_t c_offset = offset
+        cdef uint64_t c_value = value & ((1 << (8 * size)) - 1)
+        cdef int result
+        if self.ops.write is NULL:
+            raise DeviceError(f"{type(self).__name__} has no write handler")
+        with nogil:
+            result = self.ops.write(self.ops.ctx, c_offset, c_size, <const uint8_t *>&c_value)
+        return result
+
+
+cdef uint32_t _access_size(object size) except 0:
+    if size not in (1, 2, 4, 8):
+        raise ValueError(f"size: {size!r} is not an access size; allowed are 1, 2, 4 and 8 bytes")
+    return size
+
+
+class SlotNames:
+    """The names of a VM's statistics slots; the buses of one VM share one."""
+
+    def __init__(self):
+        self.names = []
+
+    def take(self, name: str) -> int:
+        """The slot of ``name``: ranges with one name are counted together."""
+        if name in self.names:
+            return FIRST_DEVICE_SLOT + self.names.index(name)
+        if FIRST_DEVICE_SLOT + len(self.names) >= MAX_SLOTS:
+            raise BusError(f"{name}: too many devices; {MAX_SLOTS - FIRST_DEVICE_SLOT} are allowed")
+        self.names.append(name)
+        return FIRST_DEVICE_SLOT + len(self.names) - 1
+
+
+cdef class Bus:
+    """Ranges of one address space, each with its handler.
+
+    ``limit`` is the first address beyond the space (0x10000 for ports, 0 for all of 2**64).
+    """
+
+    def __cinit__(self, str name, limit, slots):
+        self.name = name
+        self.limit = limit
+        self.entries = []
+        self.retired = []
+        self.handlers = {}
+        self.slots = slots
+        self.table = _build(self.entries)
+
+    def __dealloc__(self):
+        cdef object address
+        for address in self.retired:
+            PyMem_RawFree(<void *><size_t>address)
+        PyMem_RawFree(self.table)
+
+    def add(self, base: int, size: int, handler: object, name: str = "") -> None:
+        """Claim ``size`` bytes from ``base`` for ``handler``.
+
+        ``handler`` is a :class:`CDevice` or any object with ``read(offset, size) -> int`` and
+        ``write(offset, size, value)``. Raises :class:`chv.errors.BusError` for a range that is
+        empty, leaves the address space or overlaps another.
+        """
+        label = name or type(handler).__name__
+        top = self.limit or 1 << 64
+        if size <= 0 or base < 0 or base + size > top:
+            raise BusError(
+                f"{label}: range {base:#x}+{size:#x} does not lie in the {self.name} space (0 to {top - 1:#x})")
+        for other in self.entries:
+            if base < other[0] + other[1] and other[0] < base + size:
+                raise BusError(
+                    f"{label}: {self.name} range {base:#x}-{base + size - 1:#x} overlaps "
+                    f"{other[3]} at {other[0]:#x}-{other[0] + other[1] - 1:#x}")
+        if not isinstance(handler, CDevice):
+            for method in ("read", "write"):
+                if not callable(getattr(handler, method, None)):
+                    raise BusError(f"{label}: the handler has no {method}() method")
+        entries = sorted([*self.entries, (base, size, handler, label, self.slots.take(label))],
+                         key=lambda entry: entry[0])
+        self._publish(entries)
+
+    def remove(self, base: int) -> None:
+        """Give up the range that starts at ``base``; :class:`BusError` if there is none."""
+        entries = [entry for entry in self.entries if entry[0] != base]
+        if len(entries) == len(self.entries):
+            raise BusError(f"no {self.name} range starts at {base:#x}")
+        self._publish(entries)
+
+    def ranges(self) -> list:
+        """(base, size, name) of each range, in order of address."""
+        return [(entry[0], entry[1], entry[3]) for entry in self.entries]
+
+    def read(self, address: int, size: int) -> int:
+        """Read as a vCPU would; all ones if nothing claims the access."""
+        cdef uint64_t value = ~<uint64_t>0
+        self._access(address, _access_size(size), <uint8_t *>&value, False)
+        return value & ((1 << (8 * size)) - 1)
+
+    def write(self, address: int, size: int, value: int) -> int:
+        """Write as a vCPU would; dropped if nothing claims the access."""
+        cdef uint64_t data = value & ((1 << (8 * size)) - 1)
+        return self._access(address, _access_size(size), <uint8_t *>&data, True)
+
+    cdef int _access(self, uint64_t address, uint32_t size, uint8_t *data, bint is_write) except? -1:
+        cdef uint32_t hint = 0
+        cdef PyObject *error = NULL
+        cdef int result
+        cdef bus_range *entry
+        with nogil:
+            entry = self.find(address, size, &hint)
+            result = BUS_OK if entry is NULL else bus_access(entry, address, size, data, is_write, &error)
+        if error is not NULL:
+            raise take_error(error)
+        return result
+
+    def _publish(self, entries):
+        # Another thread may be searching the old table without the GIL, so it is kept; the
+        # machine's ranges change rarely (a BAR that moves), and all go with the bus.
+        old = self.table
+        self.table = _build(entries)
+        self.retired.append(<size_t>old)
+        # Handlers stay alive as long as the bus: a call may be under way.
+        self.handlers.update((id(entry[2]), entry[2]) for entry in entries)
+        self.entries = entries
+
+    cdef bus_range *find(self, uint64_t address, uint64_t size, uint32_t *hint) noexcept nogil:
+        cdef bus_table *table = self.table
+        cdef uint32_t low, high, middle
+        cdef bus_range *entry
+        if hint[0] < table.count:
+            entry = &table.ranges[hint[0]]
+            if address - entry.base < entry.size:
+                return entry if entry.size - (address - entry.base) >= size else NULL
+        low = 0
+        high = table.count
+        while low < high:
+            middle = (low + high) >> 1
+            entry = &table.ranges[middle]
+            if address < entry.base:
+                high = middle
+            elif address - entry.base >= entry.size:
+                low = middle + 1
+            else:
+                hint[0] = middle
+                return entry if entry.size - (address - entry.base) >= size else NULL
+        return NULL
+
+
+cdef bus_table *_build(list entries) except NULL:
+    cdef size_t count = len(entries)
+    cdef bus_table *table = <bus_table *>PyMem_RawCalloc(1, sizeof(bus_table) + count * sizeof(bus_range))
+    cdef bus_range *entry
+    cdef size_t i
+    if table is NULL:
+        raise MemoryError
+    table.count = count
+    for i in range(count):
+        base, size, handler, _, slot = entries[i]
+        entry = &table.ranges[i]
+        entry.base = base
+        entry.size = size
+        entry.slot = slot
+        entry.handler = <PyObject *>handler
+        if isinstance(handler, CDevice):
+            entry.ops = (<CDevice>handler).ops
+    return table
+
+
+cdef int bus_access(bus_range *entry, uint64_t address, uint32_t size, uint8_t *data,
+                    bint is_write, PyObject **error) noexcept nogil:
+    cdef uint64_t offset = address - entry.base
+    if entry.ops.read is not NULL:
+        if is_write:
+            return entry.ops.write(entry.ops.ctx, offset, size, data)
+        return entry.ops.read(entry.ops.ctx, offset, size, data)
+    with gil:
+        return _python_access(<object>entry.handler, offset, size, data, is_write, error)
+
+
+cdef int _python_access(object handler, uint64_t offset, uint32_t size, uint8_t *data,
+                        bint is_write, PyObject **error) noexcept:
+    cdef uint64_t value = 0
+    try:
+        if is_write:
+            memcpy(&value, data, size)
+            handler.write(offset, size, value)
+        else:
+            result = handler.read(offset, size)
+            if not isinstance(result, int) or result < 0 or result >> (8 * size):
+                raise DeviceError(
+                    f"{type(handler).__name__}.read({offset:#x}, {size}) returned {result!r}; "
+                    f"allowed is an integer from 0 to {(1 << (8 * size)) - 1:#x}")
+            value = result
+            memcpy(data, &value, size)
+    except BaseException as exception:
+        Py_INCREF(exception)
+        error[0] = <PyObject *>exception
+        return BUS_EXCEPTION
+    return BUS_OK
+
+
+cdef object take_error(PyObject *error):
+    """The exception that a handler left behind, its reference handed over."""
+    exception = <object>error
+    Py_DECREF(exception)
+    return exception
+
+
+cdef int stats_record(exit_stats *stats, uint32_t slot, bint is_write, uint64_t ticks) noexcept nogil:
+    """Count one access. The first one of a slot allocates its counters; -1 if there is no memory."""
+    cdef slot_stats *entry = stats.slots[slot]
+    cdef int msb
+    if entry is NULL:
+        entry = <slot_stats *>PyMem_RawCalloc(1, sizeof(slot_stats))
+        if entry is NULL:
+            return -1
+        stats.slots[slot] = entry
+    if is_write:
+        entry.writes += 1
+    else:
+        entry.reads += 1
+    entry.ticks += ticks
+    if ticks > entry.max_ticks:
+        entry.max_ticks = ticks
+    if ticks < 4:
+        entry.histogram[ticks] += 1
+    else:
+        msb = chv_msb(ticks)
+        entry.histogram[4 * (msb - 1) + ((ticks >> (msb - 2)) & 3)] += 1
+    return 0
+
+
+cdef void stats_free(exit_stats *stats) noexcept nogil:
+    cdef int i
+    for i in range(MAX_SLOTS):
+        PyMem_RawFree(stats.slots[i])
+        stats.slots[i] = NULL
+
+
+cdef dict stats_snapshot(exit_stats *stats):
+    """slot -> (reads, writes, ticks, max_ticks, {bucket: count}); read while the guest runs."""
+    cdef int i, bucket
+    cdef slot_stats *entry
+    result = {}
+    for i in range(MAX_SLOTS):
+        entry = stats.slots[i]
+        if entry is not NULL:
+            histogram = {bucket: entry.histogram[bucket]
+                         for bucket in range(HISTOGRAM_BUCKETS) if entry.histogram[bucket]}
+            result[i] = (entry.reads, entry.writes, entry.ticks, entry.max_ticks, histogram)
+    return result
+
+
+def bucket_bounds(bucket: int) -> tuple:
+    """The lowest tick count of a histogram bucket and the lowest beyond it."""
+    def low(index):
+        return index if index < 4 else (4 + index % 4) << (index // 4 - 1)
+    return low(bucket), low(bucket + 1)
+
+
+def buffer_address(buffer: object) -> int:
+    """Where a writable buffer lies in this process. The caller keeps the buffer alive."""
+    cdef uint8_t[::1] view = buffer
+    return <size_t>&view[0]
