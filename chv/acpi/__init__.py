@@ -1,0 +1,1 @@
+"""ACPI: the AML encoder, the tables and the small devices that exist for ACPI alone."""
