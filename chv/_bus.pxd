@@ -42,6 +42,8 @@ cdef struct bus_table:
 cdef enum:
     HISTOGRAM_BUCKETS = 256   # four to each power of two of a tick count
     MAX_SLOTS = 2048
+
+cpdef enum:
     FIRST_DEVICE_SLOT = 64    # slots below are KVM exit reasons
 
 cdef struct slot_stats:

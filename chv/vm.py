@@ -1,0 +1,586 @@
+"""A virtual machine: built from a configuration, booted, changed while it runs."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from . import exits, layout
+from ._bus import Handler, SlotNames
+from .acpi.ged import CPU, POWER_BUTTON
+from .config import ConsoleMode, VmConfig, VmState, make_config, to_plain, validate
+from .devices.backend import Backend, Fds, open_backend
+from .devices.serial import SerialPort
+from .errors import ConfigError, NotSupportedYet, ResizeError, ResizePending, StateError
+from .interrupts import Irq
+from .machine import Machine, Range
+from .memory import GuestMemory
+
+if TYPE_CHECKING:
+    from .boot import Payload
+
+log = logging.getLogger(__name__)
+
+# Cloud Hypervisor's state machine (its vmm/src/vm.rs).
+_TRANSITIONS = {
+    VmState.CREATED: {VmState.RUNNING},
+    VmState.RUNNING: {VmState.PAUSED, VmState.SHUTDOWN},
+    VmState.PAUSED: {VmState.RUNNING, VmState.SHUTDOWN},
+    VmState.SHUTDOWN: {VmState.RUNNING},
+}
+
+# How long until an event that the guest has not read is signalled again, first and at most, in seconds.
+_REPEAT_FIRST = 0.5
+_REPEAT_MOST = 8.0
+
+
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuState:
+    """What is known of one possible vCPU.
+
+    ``present``: plugged. ``acknowledged``: the guest has taken notice of it. ``online``: the guest
+    runs it (None: it could not be asked just now). ``removing``: asked back, not given yet.
+    ``ost``: the last ``_OST`` (event, status) that the guest reported for it (ACPI 6.5, 6.3.5).
+    """
+
+    index: int
+    present: bool
+    acknowledged: bool
+    online: bool | None
+    removing: bool
+    ost: tuple[int, int] | None
+    possible: bool = True
+
+
+class VM:
+    """A virtual machine.
+
+    Takes a :class:`chv.config.VmConfig`, or its parts as keywords (see
+    :func:`chv.config.make_config`)::
+
+        with chv.VM(kernel="vmlinuz", initramfs="initrd", cmdline="console=ttyS0",
+                    cpus=dict(boot=4, max=8), memory="1G", serial="tty") as vm:
+            vm.boot()
+            vm.resize(desired_vcpus=8)
+            vm.wait()
+
+    ``serial`` may also be a socket or other object with ``fileno()``: the guest's COM1 reads and
+    writes it. All methods may be called from any thread. Leaving the ``with`` block deletes the VM.
+    """
+
+    def __init__(
+        self, config: VmConfig | None = None, *, serial: str | dict[str, Any] | _HasFileno | None = None, **parts: Any
+    ) -> None:
+        self._serial_object: _HasFileno | None = None
+        if serial is not None and hasattr(serial, "fileno"):
+            self._serial_object = serial
+            parts["serial"] = "null"
+        elif serial is not None:
+            parts["serial"] = serial
+        if config is not None and parts:
+            raise ConfigError(f"config: given together with {', '.join(sorted(parts))}; only one way is allowed")
+        self.config = config if config is not None else make_config(**parts)
+        self._state = VmState.CREATED
+        self._deleted = False
+        self._failure: BaseException | None = None
+        self._lock = threading.RLock()
+        self._changed = threading.Condition()
+        self._machine: Machine | None = None
+        self._memory: GuestMemory | None = None
+        self._payload: Payload | None = None
+        self._serial: SerialPort | None = None
+        self._serial_irq: Irq | None = None
+        self._ranges: list[Range] = []
+        self._slots = SlotNames()
+        self._past_exits: exits.Statistics = {}
+        self._events: queue.SimpleQueue[tuple[Machine, str, BaseException | None] | None] = queue.SimpleQueue()
+        self._control: threading.Thread | None = None
+        _open_vms.add(self)
+
+    # -- before boot --------------------------------------------------------------------
+
+    def add_pio(self, base: int, size: int, handler: Handler, name: str = "") -> None:
+        """Give the guest a device of yours: ``size`` I/O ports from ``base``.
+
+        ``handler`` has ``read(offset, size) -> int`` and ``write(offset, size, value)``. What it
+        raises stops the VM; :meth:`wait` raises it again. Takes effect at once, also after a reboot.
+        Raises :class:`chv.errors.BusError` for a range that overlaps another.
+        """
+        self._add_range(Range("pio", base, size, handler, name or type(handler).__name__))
+
+    def add_mmio(self, base: int, size: int, handler: Handler, name: str = "") -> None:
+        """Like :meth:`add_pio`, for guest-physical memory addresses outside RAM."""
+        end = base + size
+        low_end = min(self.config.memory.size, layout.RAM_32BIT_END)
+        high_end = layout.RAM_64BIT + max(0, self.config.memory.size - layout.RAM_32BIT_END)
+        if base < low_end or (base < high_end and end > layout.RAM_64BIT):
+            raise ConfigError(f"{name or type(handler).__name__}: {base:#x}+{size:#x} overlaps guest RAM")
+        self._add_range(Range("mmio", base, size, handler, name or type(handler).__name__))
+
+    def _add_range(self, new: Range) -> None:
+        with self._lock:
+            self._check_not_deleted()
+            if self._machine is not None:
+                bus = self._machine.pio if new.space == "pio" else self._machine.mmio
+                bus.add(new.base, new.size, new.handler, new.name)
+            self._ranges.append(new)
+
+    # -- lifecycle ------------------------------------------------------------------------
+
+    @property
+    def state(self) -> VmState:
+        """One of "Created", "Running", "Paused" and "Shutdown"."""
+        return self._state
+
+    def boot(self) -> None:
+        """Build the machine and start it; a paused VM goes on.
+
+        Raises :class:`chv.errors.ConfigError` for a configuration that cannot work,
+        :class:`chv.errors.ImageError` for a kernel that cannot be loaded,
+        :class:`chv.errors.KvmError` when the host refuses.
+        """
+        with self._lock:
+            if self._state is VmState.PAUSED:
+                self.resume()
+                return
+            self._check_transition(VmState.RUNNING, "boot")
+            validate(self.config)
+            self._failure = None
+            try:
+                self._open_host_side()
+                self._power_on()
+            except BaseException:
+                self._close_host_side()
+                raise
+            if self._control is None:
+                self._control = threading.Thread(target=_control, args=(weakref.ref(self), self._events), daemon=True)
+                self._control.name = "vm-control"
+                self._control.start()
+            self._set_state(VmState.RUNNING)
+
+    def pause(self) -> None:
+        """Stop all vCPUs between two instructions; the guest's clock stands still until :meth:`resume`."""
+        with self._lock:
+            self._check_running("pause", VmState.PAUSED)
+            self._need_machine().pause()
+            self._set_state(VmState.PAUSED)
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        with self._lock:
+            if self._state is not VmState.PAUSED:
+                raise StateError(f"resume: the VM is {self._state.value}; only a Paused one can go on")
+            self._need_machine().resume()
+            self._set_state(VmState.RUNNING)
+
+    def shutdown(self) -> None:
+        """Switch the power off, without asking the guest; :meth:`boot` starts it again."""
+        with self._lock:
+            self._check_transition(VmState.SHUTDOWN, "shut down")
+            self._power_off()
+
+    def reboot(self) -> None:
+        """Reset the machine, without asking the guest; resized vCPUs remain."""
+        with self._lock:
+            self._check_not_deleted()
+            if self._machine is None:
+                raise StateError(f"reboot: the VM is {self._state.value}; only a Running or Paused one can reboot")
+            self._reset()
+
+    def power_button(self) -> None:
+        """Press the power button; a guest that listens shuts down."""
+        with self._lock:
+            self._check_running("power-button", VmState.RUNNING)
+            self._need_machine().ged.notify(POWER_BUTTON)
+
+    def delete(self) -> None:
+        """Switch off and forget the VM; a second call does nothing. What :meth:`wait` waits for ends."""
+        with self._lock:
+            if self._deleted:
+                return
+            if self._machine is not None:
+                self._power_off()
+            self._deleted = True
+            self._events.put(None)
+            with self._changed:
+                self._changed.notify_all()
+        control = self._control
+        if control is not None and control is not threading.current_thread():
+            control.join()
+        _open_vms.discard(self)
+
+    close = delete
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.delete()
+
+    # -- waiting ----------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until the guest has shut down, or the VM was deleted; False when ``timeout`` seconds went by first.
+
+        Raises what stopped the VM if that was no orderly shutdown: :class:`chv.errors.GuestCrash`, or
+        whatever a device handler raised.
+        """
+        with self._changed:
+            done = self._changed.wait_for(
+                lambda: self._deleted or self._state is VmState.SHUTDOWN or self._failure is not None, timeout
+            )
+        if self._failure is not None:
+            raise self._failure
+        return done
+
+    def wait_for(self, condition: Callable[[VM], object], timeout: float | None = None) -> bool:
+        """Until ``condition(vm)`` is true, looking every 50 ms; False when ``timeout`` seconds went by first."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not condition(self):
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
+    # -- changing it ----------------------------------------------------------------------------
+
+    def resize(
+        self,
+        desired_vcpus: int | None = None,
+        desired_ram: int | None = None,
+        desired_balloon: int | None = None,
+    ) -> None:
+        """Change the number of vCPUs, from 1 to the configured maximum, also while the guest runs.
+
+        Returns when the guest has been notified; :attr:`cpus` shows what it did. Before boot the
+        configuration is changed. Raises :class:`chv.errors.ResizeError` for a number out of range,
+        :class:`chv.errors.ResizePending` while the guest has not given back an earlier vCPU.
+        """
+        if desired_balloon is not None:
+            raise NotSupportedYet("desired_balloon: there is no balloon device yet")
+        with self._lock:
+            self._check_not_deleted()
+            if desired_ram is not None and desired_ram != self.config.memory.size:
+                raise NotSupportedYet(
+                    f"desired_ram: {desired_ram} differs from the present {self.config.memory.size} bytes; "
+                    "memory cannot be resized yet"
+                )
+            if desired_vcpus is not None:
+                self._resize_vcpus(desired_vcpus)
+
+    def _resize_vcpus(self, desired: int) -> None:
+        maximum = self.config.cpus.max_vcpus
+        if isinstance(desired, bool) or not isinstance(desired, int) or not 1 <= desired <= maximum:
+            raise ResizeError(f"desired_vcpus: {desired} is not possible; allowed are 1 to {maximum} (cpus.max_vcpus)")
+        machine = self._machine
+        if machine is None:
+            self.config.cpus.boot_vcpus = desired
+            return
+        if machine.hotplug.removal_pending:
+            waiting = [slot.index for slot in machine.hotplug.slots if slot.removal_pending]
+            raise ResizePending(
+                f"desired_vcpus: the guest has not given back vCPU {', '.join(map(str, waiting))} yet; "
+                "resize again when it has"
+            )
+        difference = desired - machine.hotplug.present_count
+        if difference > 0:
+            machine.add_vcpus(difference)
+        elif difference < 0:
+            machine.request_removal(-difference)
+        self.config.cpus.boot_vcpus = desired
+        if difference:
+            machine.ged.notify(CPU)
+            self._events.put((machine, "repeat", None))
+
+    # -- looking at it ---------------------------------------------------------------------------
+
+    @property
+    def cpus(self) -> list[VcpuState]:
+        """The state of each possible vCPU, by number."""
+        with self._lock:
+            machine = self._machine
+            if machine is None:
+                boot = self.config.cpus.boot_vcpus
+                return [VcpuState(i, i < boot, False, False, False, None) for i in range(self.config.cpus.max_vcpus)]
+            online = machine.online()
+            return [
+                VcpuState(
+                    slot.index,
+                    slot.present,
+                    slot.acknowledged,
+                    online.get(slot.index, False),
+                    slot.removal_pending,
+                    None if slot.ost_event is None or slot.ost_status is None else (slot.ost_event, slot.ost_status),
+                )
+                for slot in machine.hotplug.slots
+            ]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What ``vm.info`` of the REST API answers, with ``vcpus`` and ``hotplug`` beside Cloud Hypervisor's keys.
+
+        ``hotplug`` says what a resize still waits for: vCPUs that the guest has not acknowledged,
+        not given back, or refused to give back.
+        """
+        with self._lock:
+            cpus = self.cpus
+            vcpus = [
+                {
+                    "id": cpu.index,
+                    "possible": cpu.possible,
+                    "present": cpu.present,
+                    "acknowledged": cpu.acknowledged,
+                    "online": cpu.online,
+                    "removing": cpu.removing,
+                    "ost": None if cpu.ost is None else {"event": cpu.ost[0], "status": cpu.ost[1]},
+                }
+                for cpu in cpus
+            ]
+            booted = self._machine is not None
+            hotplug = {
+                "desired_vcpus": self.config.cpus.boot_vcpus,
+                "present_vcpus": sum(cpu.present for cpu in cpus),
+                "not_acknowledged": [c.index for c in cpus if booted and c.present and not c.acknowledged],
+                "removal_pending": [c.index for c in cpus if c.removing],
+                "removal_refused": self._machine.hotplug.refused if self._machine is not None else [],
+            }
+            return {
+                "config": to_plain(self.config),
+                "state": self._state.value,
+                "memory_actual_size": self.config.memory.size,
+                "vcpus": vcpus,
+                "hotplug": hotplug,
+            }
+
+    @property
+    def exits(self) -> exits.Exits:
+        """KVM exits so far, by reason and by device, with latencies; also over reboots."""
+        with self._lock:
+            parts = [self._past_exits]
+            if self._machine is not None:
+                parts.append(self._machine.statistics())
+            return exits.present(exits.merge(parts), self._slots.names)
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What ``vm.counters`` of the REST API answers: exits by reason, accesses by device."""
+        with self._lock:
+            self._need_machine()
+            found = self.exits
+        result = {"__exits": {name: stats.count for name, stats in found.reasons.items()}}
+        for name, stats in found.devices.items():
+            result[f"__{name}"] = {"reads": stats.reads, "writes": stats.writes}
+        return result
+
+    @property
+    def serial(self) -> SerialPort | None:
+        """The booted VM's serial port; None when it has none."""
+        return self._serial
+
+    @property
+    def memory(self) -> GuestMemory | None:
+        """The booted VM's memory."""
+        return self._memory
+
+    # -- power ---------------------------------------------------------------------------------------
+
+    def _open_host_side(self) -> None:
+        """What outlives a reboot: memory, the unpacked kernel, the serial line."""
+        from . import boot
+
+        config = self.config
+        payload = config.payload
+        assert payload is not None  # validated
+        self._memory = GuestMemory(config.memory.size)
+        self._payload = boot.prepare(
+            kernel=payload.kernel,
+            firmware=payload.firmware,
+            initramfs=payload.initramfs,
+            cmdline=payload.cmdline or "",
+            memory_size=config.memory.size,
+        )
+        if config.serial.mode is not ConsoleMode.OFF:
+            self._serial_irq = Irq(layout.COM1_GSI)
+            self._serial = SerialPort(self._serial_irq.fd, self._open_serial())
+            if self._serial.backend.pty_path is not None:
+                config.serial.file = self._serial.backend.pty_path
+            self._serial.start()
+
+    def _open_serial(self) -> Backend:
+        if self._serial_object is not None:
+            fd = self._serial_object.fileno()
+            return Fds(fd, fd)
+        serial = self.config.serial
+        return open_backend(serial.mode.value, serial.file, serial.socket)
+
+    def _close_host_side(self) -> None:
+        with contextlib.ExitStack() as stack:
+            if self._memory is not None:
+                stack.callback(self._memory.close)
+            if self._serial_irq is not None:
+                stack.callback(self._serial_irq.close)
+            if self._serial is not None:
+                stack.callback(self._serial.close)
+            self._memory = self._payload = self._serial = self._serial_irq = None
+
+    def _power_on(self) -> None:
+        assert self._memory is not None
+        assert self._payload is not None
+        machine: Machine | None = None
+
+        def report(event: str, error: BaseException | None) -> None:
+            assert machine is not None
+            self._events.put((machine, event, error))
+
+        machine = Machine(
+            cpus=self.config.cpus,
+            memory=self._memory,
+            serial=self._serial,
+            serial_irq=self._serial_irq,
+            ranges=self._ranges,
+            slots=self._slots,
+            report=report,
+        )
+        try:
+            machine.load(self._payload)
+            machine.start()
+        except BaseException:
+            machine.close()
+            raise
+        self._machine = machine
+
+    def _stop_machine(self) -> None:
+        machine = self._need_machine()
+        self._machine = None
+        statistics = machine.statistics()
+        machine.close()
+        self._past_exits = exits.merge([self._past_exits, statistics])
+
+    def _power_off(self) -> None:
+        self._stop_machine()
+        self._close_host_side()
+        self._set_state(VmState.SHUTDOWN)
+
+    def _reset(self) -> None:
+        assert self._memory is not None
+        self._stop_machine()
+        self._memory.clear()
+        try:
+            self._power_on()
+        except BaseException as error:
+            self._failure = error
+            self._close_host_side()
+            self._set_state(VmState.SHUTDOWN)
+            raise
+        self._set_state(VmState.RUNNING)
+
+    def _handle(self, machine: Machine, event: str, error: BaseException | None) -> None:
+        """What a guest asked for, in the control thread; what goes wrong there, :meth:`wait` raises."""
+        with self._lock:
+            if machine is not self._machine:
+                return  # of an incarnation that is gone
+            try:
+                self._carry_out(event, error)
+            except Exception as failure:
+                log.error("%s: %s", event, failure)
+                self._failure = failure
+                self._close_host_side()
+                self._set_state(VmState.SHUTDOWN)
+
+    def _carry_out(self, event: str, error: BaseException | None) -> None:
+        if event == "reset":
+            self._reset()
+        elif event == "shutdown":
+            self._power_off()
+        else:
+            log.error("the VM stopped: %s", error)
+            self._failure = error
+            self._power_off()
+
+    def _repeat_events(self) -> bool:
+        """Signal again what the guest has not read; whether there is such."""
+        with self._lock:
+            machine = self._machine
+            if machine is None or self._state is not VmState.RUNNING:
+                return False
+            return machine.ged.repeat()
+
+    # -- checks ------------------------------------------------------------------------------------
+
+    def _set_state(self, state: VmState) -> None:
+        with self._changed:
+            self._state = state
+            self._changed.notify_all()
+
+    def _need_machine(self) -> Machine:
+        self._check_not_deleted()
+        if self._machine is None:
+            raise StateError(f"the VM is {self._state.value}, not running")
+        return self._machine
+
+    def _check_not_deleted(self) -> None:
+        if self._deleted:
+            raise StateError("the VM was deleted")
+
+    def _check_running(self, action: str, target: VmState) -> None:
+        self._check_not_deleted()
+        if self._state is not VmState.RUNNING:
+            raise StateError(f"{action}: the VM is {self._state.value}; allowed is Running")
+
+    def _check_transition(self, target: VmState, action: str) -> None:
+        self._check_not_deleted()
+        if target not in _TRANSITIONS[self._state]:
+            allowed = ", ".join(s.value for s, targets in _TRANSITIONS.items() if target in targets)
+            raise StateError(f"{action}: the VM is {self._state.value}; allowed are {allowed}")
+
+
+def _control(
+    reference: weakref.ref[VM], events: queue.SimpleQueue[tuple[Machine, str, BaseException | None] | None]
+) -> None:
+    """Carry out what guests ask for: a vCPU's thread cannot stop itself."""
+    delay: float | None = None
+    while True:
+        try:
+            item = events.get(timeout=delay)
+        except queue.Empty:
+            item = None
+            vm = reference()
+            if vm is None:
+                return
+            # An edge that comes while the guest has the interrupt masked is lost, for example during boot.
+            delay = min(delay * 2, _REPEAT_MOST) if vm._repeat_events() and delay else None
+            del vm
+            continue
+        vm = reference()
+        if item is None or vm is None:
+            return
+        machine, event, error = item
+        if event == "repeat":
+            delay = _REPEAT_FIRST
+        else:
+            vm._handle(machine, event, error)
+        del vm, item, machine, error
+
+
+_open_vms: weakref.WeakSet[VM] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A vCPU's thread must not outlive the interpreter."""
+    for vm in list(_open_vms):
+        vm.delete()
