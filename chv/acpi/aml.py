@@ -250,7 +250,7 @@ def Device(name: str, *body: Term) -> bytes:
 
 
 def External(name: str, object_type: int = 0, arguments: int = 0) -> bytes:
-    """A name that another table defines; ``object_type`` as ObjectType() gives it, 8 for a method (19.6.97)."""
+    """A name that another table defines; ``object_type`` as ObjectType numbers it (19.6.97)."""
     kind = _byte("object type", object_type) + _byte("external arguments", arguments, 7)
     return b"\x15" + NameString(name) + kind
 
