@@ -203,5 +203,5 @@ def madt(present: int, maximum: int) -> bytes:
 
 
 def mcfg(last_bus: int = 0) -> bytes:
-    """Where PCI configuration space is in memory: segment 0, buses up to ``last_bus`` (PCI firmware 3.3, 4.1.2)."""
+    """Where PCI configuration space is: segment 0, buses 0 to ``last_bus`` (PCI firmware 3.3, 4.1)."""
     return table(MCFG, 1, bytes(8) + struct.pack("<QHBB4x", layout.ECAM, 0, 0, last_bus))
