@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from . import exits, layout
 from ._bus import Handler, SlotNames
-from .acpi.ged import CPU, POWER_BUTTON
+from .acpi.ged import Event
 from .config import ConsoleMode, VmConfig, VmState, make_config, to_plain, validate
 from .devices.backend import Backend, Fds, open_backend
 from .devices.serial import SerialPort
@@ -204,7 +204,7 @@ class VM:
         """Press the power button; a guest that listens shuts down."""
         with self._lock:
             self._check_running("power-button", VmState.RUNNING)
-            self._need_machine().ged.notify(POWER_BUTTON)
+            self._need_machine().ged.notify(Event.POWER_BUTTON)
 
     def delete(self) -> None:
         """Switch off and forget the VM; a second call does nothing. What :meth:`wait` waits for ends."""
@@ -304,7 +304,7 @@ class VM:
             machine.request_removal(-difference)
         self.config.cpus.boot_vcpus = desired
         if difference:
-            machine.ged.notify(CPU)
+            machine.ged.notify(Event.CPU)
             self._events.put((machine, "repeat", None))
 
     # -- looking at it ---------------------------------------------------------------------------
@@ -351,13 +351,13 @@ class VM:
                 }
                 for cpu in cpus
             ]
-            booted = self._machine is not None
+            machine = self._machine
             hotplug = {
                 "desired_vcpus": self.config.cpus.boot_vcpus,
                 "present_vcpus": sum(cpu.present for cpu in cpus),
-                "not_acknowledged": [c.index for c in cpus if booted and c.present and not c.acknowledged],
+                "not_acknowledged": [c.index for c in cpus if machine and c.present and not c.acknowledged],
                 "removal_pending": [c.index for c in cpus if c.removing],
-                "removal_refused": self._machine.hotplug.refused if self._machine is not None else [],
+                "removal_refused": [] if machine is None else [s.index for s in machine.hotplug.slots if s.refused],
             }
             return {
                 "config": to_plain(self.config),

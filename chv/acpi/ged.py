@@ -66,6 +66,17 @@ class Ged:
             self._pending |= Event(events)
         self._irq.pulse()
 
+    def repeat(self) -> bool:
+        """Raise the interrupt again if there are events that the guest has not read; whether there are.
+
+        An edge that comes while the guest has the interrupt masked, for example while it boots, is lost.
+        """
+        with self._lock:
+            pending = bool(self._pending)
+        if pending:
+            self._irq.pulse()
+        return pending
+
     def read(self, offset: int, size: int) -> int:
         if (offset, size) != (0, 1):
             return 0
