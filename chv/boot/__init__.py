@@ -1,0 +1,8 @@
+"""Loading what a VM boots: ELF kernels and firmware, bzImages, an initramfs, the command line."""
+
+from __future__ import annotations
+
+from .entry import EntryPoint
+from .payload import Payload, load, prepare
+
+__all__ = ["EntryPoint", "Payload", "load", "prepare"]
