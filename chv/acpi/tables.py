@@ -149,11 +149,10 @@ def fadt(dsdt_address: int, *, serial: bool = True) -> bytes:
     """Revision 6.3: a hardware-reduced machine with reset and sleep registers and a PM timer.
 
     The boot flags keep Linux from looking for VGA and for an 8042 (there is only its reset line),
-    and leave it the CMOS clock.
+    and leave it the CMOS clock. The DSDT's address is in its 64-bit field alone, as one of the two should be.
     """
     power = _io_register(layout.POWER_PORT, 8, _ACCESS_BYTE)
     fields: dict[int, bytes] = {
-        40: struct.pack("<I", dsdt_address),
         109: struct.pack("<H", _VGA_NOT_PRESENT | (_LEGACY_DEVICES if serial else 0)),
         112: struct.pack("<I", _HW_REDUCED_ACPI | _RESET_REG_SUP | _TMR_VAL_EXT),
         116: power,  # RESET_REG
