@@ -281,9 +281,9 @@ CASES: list[tuple[str, bytes, str]] = [
         "",
     ),
     (
-        "Mutex (LOCK, 2) Method (TEST) {Acquire (LOCK, 0xFFFF) Release (LOCK)}",
-        aml.Mutex("LOCK", 2) + aml.Method("TEST", 0, False, aml.Acquire("LOCK"), aml.Release("LOCK")),
-        "5b01 4c4f434b 02 14 14 54455354 00 5b23 4c4f434b ffff 5b27 4c4f434b",
+        "Mutex (MTX1, 2) Method (TEST) {Acquire (MTX1, 0xFFFF) Release (MTX1)}",
+        aml.Mutex("MTX1", 2) + aml.Method("TEST", 0, False, aml.Acquire("MTX1"), aml.Release("MTX1")),
+        "5b01 4d545831 02 14 14 54455354 00 5b23 4d545831 ffff 5b27 4d545831",
     ),
     (
         "External (\\_SB.PCI0, DeviceObj) External (\\ABCD, MethodObj, IntObj, {IntObj, IntObj})\n"
@@ -304,16 +304,18 @@ CASES: list[tuple[str, bytes, str]] = [
         "",
     ),
     (
-        "Method (TEST, 2) {While (LLess (Local0, 10)) {Increment (Local0) If (Arg0) {Break} Continue}}",
+        "Method (TEST, 2) {Store (0, Local0) While (LLess (Local0, 10)) {"
+        "Increment (Local0) If (Arg0) {Break} Continue}}",
         in_method(
+            aml.Store(0, aml.Local0),
             aml.While(
                 aml.LLess(aml.Local0, 10),
                 aml.Increment(aml.Local0),
                 aml.If(aml.Arg0, aml.Break),
                 aml.Continue,
-            )
+            ),
         ),
-        "14 13 54455354 02 a2 0c 95 60 0a0a 75 60 a0 03 68 a5 9f",
+        "14 16 54455354 02 70 00 60 a2 0c 95 60 0a0a 75 60 a0 03 68 a5 9f",
     ),
     (
         "Method (TEST, 2) {Local0 = LNotEqual (Arg0, Arg1) Local0 = LGreater (Arg0, 1)"
