@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.guests.cache import CHECKOUT
-from tests.testbed import INSIDE
+from tests.testbed import INSIDE, kvm_opens, needed
 from tests.testbed.machine import CommandTimeout, Machine, TestbedError
 
 TIMED_OUT = 124
@@ -29,6 +29,8 @@ KEPT_PREFIXES = ("CHV_", "PYTHON", "PYTEST_", "HYPOTHESIS_")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run the command in a machine of its own."""
     options = parse(arguments)
+    if options.if_needed and not wanted_for(options.if_needed):
+        os.execvpe(options.command[0], options.command, environment(inside=False))
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -73,18 +75,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="the one folder where files written inside stay (default %(default)s)",
     )
+    parser.add_argument(
+        "--if-needed",
+        choices=("linux", "kvm"),
+        help="run the command here instead if /dev/kvm can run Linux, or can be opened at all",
+    )
     parser.add_argument("--verbose", action="store_true", help="say when the machine is up")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
     return parser.parse_args(arguments)
 
 
-def environment() -> dict[str, str]:
-    """The variables that a command gets inside."""
+def wanted_for(purpose: str) -> bool:
+    """Whether the testbed is needed for Linux guests, or for any use of KVM."""
+    return needed() if purpose == "linux" else not kvm_opens()
+
+
+def environment(*, inside: bool = True) -> dict[str, str]:
+    """The variables that a command gets: inside the machine those that matter, else all."""
     env = {
-        name: value for name, value in os.environ.items() if name in KEPT or name.startswith(KEPT_PREFIXES)
+        name: value
+        for name, value in os.environ.items()
+        if not inside or name in KEPT or name.startswith(KEPT_PREFIXES)
     }
     env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
-    env[INSIDE] = "1"
+    if inside:
+        env[INSIDE] = "1"
     return env
 
 

@@ -1,0 +1,78 @@
+# What a fresh checkout can do. `make demo` and `make test` set up everything that they need.
+
+PYTHON   := .venv/bin/python
+RESULTS  := .work/results
+JUNIT    := $(RESULTS)/junit
+SOURCES  := $(shell find chv -name '*.pyx' -o -name '*.pxd' -o -name '*.py')
+COMPILED := $(filter %.pyx %.pxd,$(SOURCES))
+PYTEST   := $(PYTHON) -m pytest -q
+# Runs a command where /dev/kvm runs Linux: here if it does, else in the testbed.
+LINUX    := $(PYTHON) -m tests.testbed --if-needed linux --results $(RESULTS) --modules tun --
+# The same for what needs no more than a /dev/kvm that opens.
+KVM      := $(PYTHON) -m tests.testbed --if-needed kvm --results $(RESULTS) --
+
+export PYTHONDONTWRITEBYTECODE=
+
+.PHONY: help setup build demo test lint test-unit test-kvm test-linux test-pythons clean distclean
+
+help:
+	@echo 'make demo          boot Debian with 4 vCPUs, add 4, bring them online, reboot: the whole story'
+	@echo 'make test          everything below, with one summary at the end'
+	@echo 'make setup         Debian packages, virtual environment, guest kernels (the others do this first)'
+	@echo 'make build         compile what changed in chv'
+	@echo 'make lint          ruff and mypy'
+	@echo 'make test-unit     no /dev/kvm needed'
+	@echo 'make test-kvm      /dev/kvm and tiny guests'
+	@echo 'make test-linux    Linux guests, in the testbed where /dev/kvm cannot run them'
+	@echo 'make test-pythons  build a wheel and run the unit tests with every Python >= 3.11 of this machine'
+	@echo 'make clean         remove what was built; distclean also what was downloaded and the environment'
+
+setup:
+	@tools/setup.sh
+
+build: setup .venv/build.stamp
+
+.venv/build.stamp: $(COMPILED) setup.py
+	@echo 'build: the compiled modules of chv'
+	@mkdir -p .cache/logs
+	@$(PYTHON) setup.py -q build_ext --inplace >.cache/logs/build.log 2>&1 || { tail -n 60 .cache/logs/build.log; exit 1; }
+	@touch $@
+
+demo: build
+	@$(PYTHON) -m compileall -q chv examples tests
+	@$(LINUX) $(PYTHON) -u -m examples.demo
+
+test: setup
+	@$(PYTHON) -m tests.report lint test-unit test-kvm test-linux test-pythons
+
+lint: build
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy --strict
+
+test-unit: build
+	@mkdir -p $(JUNIT)
+	$(PYTEST) tests/unit --junitxml=$(JUNIT)/test-unit.xml
+
+test-kvm: build
+	@mkdir -p $(JUNIT)
+	$(KVM) $(PYTEST) tests/kvm --junitxml=$(JUNIT)/test-kvm.xml
+
+# Compiled here, where it is quick: bytecode of the package and, by collecting them once, of the tests.
+test-linux: build
+	@mkdir -p $(JUNIT)
+	@$(PYTHON) -m compileall -q chv tests
+	@$(PYTEST) --collect-only tests/linux >/dev/null || true
+	$(LINUX) $(PYTEST) tests/linux -v --junitxml=$(JUNIT)/test-linux.xml --chv-logs=$(RESULTS)/consoles
+
+test-pythons: build
+	@tools/test_pythons.sh $(JUNIT)
+
+clean:
+	rm -rf build dist *.egg-info .work .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find chv -name '*.so' -delete -o -name '*.c' -delete -o -name '*.html' -delete
+	find . -path ./.venv -prune -o -path ./.cache -prune -o -name __pycache__ -print0 | xargs -0 rm -rf
+	rm -f .venv/build.stamp
+
+distclean: clean
+	rm -rf .venv .cache
