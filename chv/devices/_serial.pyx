@@ -1,0 +1,1000 @@
+"""A 16550A serial port.
+
+Registers as in the PC16550D data sheet (National Semiconductor, 1995). Register accesses and the loops
+that move bytes to and from the host run without the GIL, under the lock of the port.
+
+Three things differ from a chip, because the line has no baud rate:
+
+- A byte written to THR is sent at once, into a ring that :meth:`Serial.run_writer` empties. While the
+  ring has no room for 16 bytes (a FIFO's worth, which a driver may write in one go), THRE and TEMT are
+  clear and the guest waits.
+- Bytes from the host wait, in a second ring and then at their source, until the guest has emptied its
+  FIFO. So the host never causes an overrun.
+- Received bytes below the trigger level are indicated at once, as a character timeout.
+
+The interrupt is edge-triggered: one pulse whenever an enabled cause becomes active.
+"""
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EAGAIN, EINTR, EIO, EPIPE, ECONNRESET, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport close, read, write
+
+import os
+
+from .._bus cimport BUS_OK, CDevice
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_condattr_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *, const void *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_mutex_destroy(pthread_mutex_t *)
+    int pthread_condattr_init(pthread_condattr_t *)
+    int pthread_condattr_setclock(pthread_condattr_t *, int)
+    int pthread_condattr_destroy(pthread_condattr_t *)
+    int pthread_cond_init(pthread_cond_t *, const pthread_condattr_t *)
+    int pthread_cond_broadcast(pthread_cond_t *)
+    int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
+    int pthread_cond_destroy(pthread_cond_t *)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long count, int timeout)
+    enum:
+        POLLIN
+        POLLOUT
+        POLLERR
+        POLLHUP
+        POLLNVAL
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int initial, int flags)
+    enum:
+        EFD_CLOEXEC
+        EFD_NONBLOCK
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t recv(int fd, void *data, size_t size, int flags)
+    ssize_t send(int fd, const void *data, size_t size, int flags)
+    enum:
+        MSG_DONTWAIT
+        MSG_NOSIGNAL
+
+cdef extern from *:
+    """
+    #include <sys/ioctl.h>
+    #include <sys/stat.h>
+    #include <termios.h>
+    #include <unistd.h>
+    static int chv_is_socket(int fd) {
+        struct stat st;
+        return fstat(fd, &st) == 0 && S_ISSOCK(st.st_mode);
+    }
+    static int chv_is_pty_master(int fd) {
+        unsigned int number;
+        return ioctl(fd, TIOCGPTN, &number) == 0;
+    }
+    /* A process in the background gets EIO (or SIGTTIN) instead of what is typed. */
+    static int chv_in_background(int fd) {
+        pid_t group = tcgetpgrp(fd);
+        return group > 0 && group != getpgrp();
+    }
+    """
+    bint chv_is_socket(int fd) nogil
+    bint chv_is_pty_master(int fd) nogil
+    bint chv_in_background(int fd) nogil
+
+cdef extern from *:
+    """
+    #include <signal.h>
+    #include <string.h>
+    /* A signal that kills the process must not leave the user's terminal in raw mode. tcsetattr() may be
+       called in a handler (POSIX.1-2017, 2.4.3), so this works whatever Python is doing. */
+    static struct termios chv_guard_settings;
+    static volatile sig_atomic_t chv_guard_fd = -1;
+    static pid_t chv_guard_pid;
+    static const int chv_guard_signals[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGABRT,
+                                            SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    #define CHV_GUARD_SIGNALS (sizeof chv_guard_signals / sizeof *chv_guard_signals)
+    static void chv_guard_handler(int sig) {
+        if (chv_guard_fd >= 0 && getpid() == chv_guard_pid)
+            tcsetattr(chv_guard_fd, TCSANOW, &chv_guard_settings);
+        raise(sig);   /* SA_RESETHAND: with its default action, as soon as this handler returns */
+    }
+    static int chv_guard(int fd) {
+        struct sigaction action, old;
+        size_t i;
+        if (tcgetattr(fd, &chv_guard_settings) < 0)
+            return -1;
+        chv_guard_pid = getpid();
+        chv_guard_fd = fd;
+        memset(&action, 0, sizeof action);
+        action.sa_handler = chv_guard_handler;
+        action.sa_flags = SA_RESETHAND | SA_ONSTACK;
+        sigfillset(&action.sa_mask);   /* SIGTTOU too: the terminal may belong to another group by now */
+        for (i = 0; i < CHV_GUARD_SIGNALS; i++)
+            if (sigaction(chv_guard_signals[i], 0, &old) == 0 && !(old.sa_flags & SA_SIGINFO)
+                    && old.sa_handler == SIG_DFL)
+                sigaction(chv_guard_signals[i], &action, 0);
+        return 0;
+    }
+    static void chv_unguard(void) {
+        struct sigaction old;
+        size_t i;
+        for (i = 0; i < CHV_GUARD_SIGNALS; i++)
+            if (sigaction(chv_guard_signals[i], 0, &old) == 0 && !(old.sa_flags & SA_SIGINFO)
+                    && old.sa_handler == chv_guard_handler)
+                signal(chv_guard_signals[i], SIG_DFL);
+        chv_guard_fd = -1;
+    }
+    """
+    int chv_guard(int fd)
+    void chv_unguard()
+
+cdef enum:
+    # register offsets
+    DATA = 0            # RBR, THR; DLL while LCR_DLAB is set
+    IER = 1             # DLM while LCR_DLAB is set
+    IIR = 2             # FCR when written
+    LCR = 3
+    MCR = 4
+    LSR = 5
+    MSR = 6
+    SCR = 7
+
+    IER_RECEIVED = 0x01
+    IER_THRE = 0x02
+    IER_LINE = 0x04
+    IER_MODEM = 0x08
+    IER_BITS = 0x0F
+
+    IIR_NONE = 0x01
+    IIR_THRE = 0x02
+    IIR_RECEIVED = 0x04
+    IIR_LINE = 0x06
+    IIR_TIMEOUT = 0x0C
+    IIR_MODEM = 0x00
+    IIR_FIFO = 0xC0
+
+    FCR_ENABLE = 0x01
+    FCR_CLEAR_RECEIVER = 0x02
+    FCR_TRIGGER = 0xC0
+
+    LCR_BREAK = 0x40
+    LCR_DLAB = 0x80
+
+    MCR_DTR = 0x01
+    MCR_RTS = 0x02
+    MCR_OUT1 = 0x04
+    MCR_OUT2 = 0x08     # on a PC: lets the interrupt through
+    MCR_LOOP = 0x10
+    MCR_BITS = 0x1F
+
+    LSR_DR = 0x01
+    LSR_OE = 0x02
+    LSR_BI = 0x10
+    LSR_THRE = 0x20
+    LSR_TEMT = 0x40
+    LSR_FIFO_ERROR = 0x80
+
+    MSR_DELTAS = 0x0F
+    MSR_TERI = 0x04
+    MSR_CTS = 0x10
+    MSR_DSR = 0x20
+    MSR_RI = 0x40
+    MSR_DCD = 0x80
+    MSR_CONNECTED = 0xB0   # DCD, DSR and CTS: the host is always there
+
+    CHUNK = 4096
+    NAP_MS = 100        # how often a pty is looked at while nobody has it open
+
+cpdef enum:
+    STOPPED = 0         # stop() was called
+    ENDED = 1           # the other side is gone, or the input has ended
+    WATCHED = 2         # the watched descriptor became readable
+    FAILED = 3          # an error; see Serial.error and Serial.input_error
+
+
+# -- interrupts ------------------------------------------------------------------------
+
+cdef void signal_fd(int fd) noexcept nogil:
+    cdef uint64_t one = 1
+    if fd >= 0:
+        write(fd, &one, 8)   # EAGAIN: already signalled as often as it can be
+
+
+cdef uint8_t line_status(uart *u) noexcept nogil:
+    """The LSR bits that cause a line status interrupt."""
+    cdef uint8_t status = LSR_OE if u.overrun else 0
+    if u.fifo_count:
+        status |= u.fifo_flags[u.fifo_first]
+    return status
+
+
+cdef uint8_t causes(uart *u) noexcept nogil:
+    """The enabled causes that are active, as the IER bits that enable them."""
+    cdef uint8_t found = 0
+    if line_status(u):
+        found |= IER_LINE
+    if u.fifo_count:
+        found |= IER_RECEIVED
+    if u.thre_pending:
+        found |= IER_THRE
+    if u.msr & MSR_DELTAS:
+        found |= IER_MODEM
+    return found & u.ier
+
+
+cdef void update_irq(uart *u) noexcept nogil:
+    cdef uint8_t shown = 0
+    if u.mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2:
+        shown = causes(u)
+    if shown & ~u.active:
+        u.looked = 0
+        u.interrupts += 1
+        signal_fd(u.irq_fd)
+    u.active = shown
+
+
+# -- receiving -------------------------------------------------------------------------
+
+cdef bint fifo_on(uart *u) noexcept nogil:
+    return u.fcr & FCR_ENABLE
+
+
+cdef uint8_t fifo_depth(uart *u) noexcept nogil:
+    return FIFO_SIZE if fifo_on(u) else 1
+
+
+cdef uint8_t trigger_level(uart *u) noexcept nogil:
+    cdef uint8_t setting = u.fcr & FCR_TRIGGER
+    if not fifo_on(u) or setting == 0x00:
+        return 1
+    return 4 if setting == 0x40 else 8 if setting == 0x80 else 14
+
+
+cdef void fifo_put(uart *u, uint8_t byte, uint8_t flags) noexcept nogil:
+    cdef uint8_t slot = (u.fifo_first + u.fifo_count) % FIFO_SIZE
+    u.fifo[slot] = byte
+    u.fifo_flags[slot] = flags
+    u.fifo_count += 1
+
+
+cdef void refill(uart *u) noexcept nogil:
+    """Move what waits in the host's ring into the guest's FIFO, as far as there is room."""
+    cdef bint was_empty = u.fifo_count == 0
+    if u.mcr & MCR_LOOP:
+        return   # the line is cut off
+    if u.break_waiting and u.fifo_count < fifo_depth(u):
+        u.break_waiting = 0
+        fifo_put(u, 0, LSR_BI)
+    while u.fifo_count < fifo_depth(u) and u.input_taken != u.input_put:
+        fifo_put(u, u.input[u.input_taken % INPUT_SIZE], 0)
+        u.input_taken += 1
+    if was_empty and u.fifo_count:
+        # The guest may have stopped reading although DR was set all the time (a driver that gives up
+        # after so many bytes). On a line with a baud rate it would have seen the FIFO empty, then
+        # an interrupt; so it gets one here.
+        u.active &= ~IER_RECEIVED
+    if u.reader_waiting and u.input_put - u.input_taken <= INPUT_SIZE // 2:
+        u.reader_waiting = 0
+        signal_fd(u.wake_reader)
+
+
+cdef uint8_t receive(uart *u) noexcept nogil:
+    cdef uint8_t byte
+    if u.fifo_count == 0:
+        return 0
+    byte = u.fifo[u.fifo_first]
+    u.fifo_first = (u.fifo_first + 1) % FIFO_SIZE
+    u.fifo_count -= 1
+    if u.fifo_count == 0:
+        refill(u)
+    return byte
+
+
+cdef void receive_loopback(uart *u, uint8_t byte, uint8_t flags) noexcept nogil:
+    """A character that the port sends to itself; here, and only here, the guest can overrun its FIFO."""
+    if u.fifo_count == fifo_depth(u):
+        u.overrun = 1
+        if fifo_on(u):
+            return   # the FIFO keeps the older characters, RBR alone the newest
+        u.fifo_count = 0
+    fifo_put(u, byte, flags)
+
+
+cdef void clear_receiver(uart *u) noexcept nogil:
+    u.fifo_first = 0
+    u.fifo_count = 0
+    u.active &= ~IER_RECEIVED
+
+
+# -- sending ---------------------------------------------------------------------------
+
+cdef void update_thre(uart *u) noexcept nogil:
+    """Show THRE while the ring takes another FIFO's worth; becoming empty is an interrupt's cause."""
+    cdef bint empty = (u.mcr & MCR_LOOP or u.lossy or u.discard
+                       or OUTPUT_SIZE - (u.output_put - u.output_taken) >= FIFO_SIZE)
+    if empty and not u.thre:
+        u.thre_pending = 1
+    elif not empty:
+        u.thre_pending = 0
+    u.thre = empty
+
+
+cdef void output_put(uart *u, uint8_t byte) noexcept nogil:
+    if u.discard:
+        u.dropped += 1
+        return
+    if u.output_put - u.output_taken == OUTPUT_SIZE:
+        if not u.lossy:
+            u.overruns += 1   # written although THRE was clear
+            return
+        u.output_taken += 1
+        u.dropped += 1
+    u.output[u.output_put % OUTPUT_SIZE] = byte
+    u.output_put += 1
+    if u.writer_idle:
+        u.writer_idle = 0
+        signal_fd(u.wake_writer)
+
+
+cdef void transmit(uart *u, uint8_t byte) noexcept nogil:
+    if u.mcr & MCR_LOOP:
+        receive_loopback(u, byte, 0)
+    else:
+        output_put(u, byte)
+    # THR was full for no time at all: its interrupt went away and came back. A driver that writes a
+    # FIFO's worth in one go needs to be told of that once.
+    u.thre = 0
+    u.thre_pending = 0
+    if u.looked or not fifo_on(u):
+        u.active &= ~IER_THRE
+    update_thre(u)
+
+
+# -- registers -------------------------------------------------------------------------
+
+cdef uint8_t read_iir(uart *u) noexcept nogil:
+    """The active cause of highest priority (data sheet, table 5); reading THRE's takes it away."""
+    cdef uint8_t found = causes(u)
+    cdef uint8_t value = IIR_NONE
+    u.looked = 1
+    if found & IER_LINE:
+        value = IIR_LINE
+    elif found & IER_RECEIVED:
+        value = IIR_RECEIVED if u.fifo_count >= trigger_level(u) else IIR_TIMEOUT
+    elif found & IER_THRE:
+        value = IIR_THRE
+        u.thre_pending = 0
+    elif found & IER_MODEM:
+        value = IIR_MODEM
+    return value | (IIR_FIFO if fifo_on(u) else 0)
+
+
+cdef uint8_t read_lsr(uart *u) noexcept nogil:
+    cdef uint8_t value = line_status(u)
+    cdef uint8_t i
+    u.looked = 1
+    if u.fifo_count:
+        value |= LSR_DR
+    if u.thre:
+        value |= LSR_THRE | LSR_TEMT
+    if fifo_on(u):
+        for i in range(u.fifo_count):
+            if u.fifo_flags[(u.fifo_first + i) % FIFO_SIZE]:
+                value |= LSR_FIFO_ERROR
+    u.overrun = 0
+    u.fifo_flags[u.fifo_first] = 0
+    return value
+
+
+cdef uint8_t read_msr(uart *u) noexcept nogil:
+    cdef uint8_t value = u.msr
+    u.msr &= ~MSR_DELTAS
+    return value
+
+
+cdef uint8_t read_register(uart *u, uint64_t offset) noexcept nogil:
+    cdef bint dlab = u.lcr & LCR_DLAB
+    if offset == DATA:
+        return u.dll if dlab else receive(u)
+    if offset == IER:
+        return u.dlm if dlab else u.ier
+    if offset == IIR:
+        return read_iir(u)
+    if offset == LCR:
+        return u.lcr
+    if offset == MCR:
+        return u.mcr
+    if offset == LSR:
+        return read_lsr(u)
+    if offset == MSR:
+        return read_msr(u)
+    return u.scr
+
+
+cdef void write_ier(uart *u, uint8_t value) noexcept nogil:
+    if value & ~u.ier & IER_THRE and u.thre:
+        u.thre_pending = 1
+    u.ier = value & IER_BITS
+
+
+cdef void write_fcr(uart *u, uint8_t value) noexcept nogil:
+    if (value ^ u.fcr) & FCR_ENABLE:
+        clear_receiver(u)
+    # The other bits mean something only together with the enable bit. Clearing the transmitter's
+    # FIFO has nothing to do: what was written to it has been sent.
+    elif value & FCR_ENABLE and value & FCR_CLEAR_RECEIVER:
+        clear_receiver(u)
+    u.fcr = value & (FCR_ENABLE | FCR_TRIGGER) if value & FCR_ENABLE else 0
+    refill(u)
+
+
+cdef void write_lcr(uart *u, uint8_t value) noexcept nogil:
+    # A break has no place to go to on the host, but in loopback the port hears it.
+    if value & ~u.lcr & LCR_BREAK and u.mcr & MCR_LOOP:
+        receive_loopback(u, 0, LSR_BI)
+    u.lcr = value
+
+
+cdef void write_mcr(uart *u, uint8_t value) noexcept nogil:
+    cdef uint8_t lines = MSR_CONNECTED
+    cdef uint8_t changed
+    u.mcr = value & MCR_BITS
+    if u.mcr & MCR_LOOP:
+        lines = ((MSR_CTS if u.mcr & MCR_RTS else 0) | (MSR_DSR if u.mcr & MCR_DTR else 0)
+                 | (MSR_RI if u.mcr & MCR_OUT1 else 0) | (MSR_DCD if u.mcr & MCR_OUT2 else 0))
+    changed = lines ^ u.msr & ~MSR_DELTAS
+    if changed & MSR_RI and lines & MSR_RI:
+        changed &= ~MSR_RI   # only the end of ringing is noted
+    u.msr = lines | u.msr & MSR_DELTAS | changed >> 4
+    update_thre(u)
+    refill(u)
+
+
+cdef void write_register(uart *u, uint64_t offset, uint8_t value) noexcept nogil:
+    cdef bint dlab = u.lcr & LCR_DLAB
+    if offset == DATA:
+        if dlab:
+            u.dll = value
+        else:
+            transmit(u, value)
+    elif offset == IER:
+        if dlab:
+            u.dlm = value
+        else:
+            write_ier(u, value)
+    elif offset == IIR:
+        write_fcr(u, value)
+    elif offset == LCR:
+        write_lcr(u, value)
+    elif offset == MCR:
+        write_mcr(u, value)
+    elif offset == SCR:
+        u.scr = value
+    # LSR and MSR: written by chip tests only
+
+
+# A wider access is one byte after the other at consecutive ports, as on the ISA bus.
+
+cdef int serial_read(void *ctx, uint64_t offset, uint32_t size, uint8_t *data) noexcept nogil:
+    cdef uart *u = <uart *>ctx
+    cdef uint32_t i
+    pthread_mutex_lock(&u.lock)
+    for i in range(size):
+        data[i] = read_register(u, (offset + i) & 7)
+    update_irq(u)
+    pthread_mutex_unlock(&u.lock)
+    return BUS_OK
+
+
+cdef int serial_write(void *ctx, uint64_t offset, uint32_t size, const uint8_t *data) noexcept nogil:
+    cdef uart *u = <uart *>ctx
+    cdef uint32_t i
+    pthread_mutex_lock(&u.lock)
+    for i in range(size):
+        write_register(u, (offset + i) & 7, data[i])
+    update_irq(u)
+    pthread_mutex_unlock(&u.lock)
+    return BUS_OK
+
+
+cdef void reset_registers(uart *u) noexcept nogil:
+    """Master reset (data sheet, table 1). What waits on the host's side stays."""
+    u.ier = u.fcr = u.lcr = u.mcr = u.scr = 0
+    u.dll = 12   # 9600 baud, as firmware leaves it
+    u.dlm = 0
+    u.msr = MSR_CONNECTED
+    u.overrun = u.thre_pending = u.active = u.looked = u.break_waiting = 0
+    u.thre = 0
+    clear_receiver(u)
+    update_thre(u)
+    u.thre_pending = 0
+    refill(u)
+
+
+# -- the host's side -------------------------------------------------------------------
+
+cdef size_t input_put(uart *u, const uint8_t *data, size_t size) noexcept nogil:
+    """Add host bytes as far as there is room; how many. The lock is held."""
+    cdef size_t room = INPUT_SIZE - (u.input_put - u.input_taken)
+    cdef size_t i
+    size = min(size, room)
+    for i in range(size):
+        u.input[(u.input_put + i) % INPUT_SIZE] = data[i]
+    u.input_put += size
+    refill(u)
+    update_irq(u)
+    return size
+
+
+cdef size_t output_peek(uart *u, uint8_t *data, size_t size) noexcept nogil:
+    """Copy the oldest output without taking it; how many bytes. The lock is held."""
+    cdef size_t start = u.output_taken % OUTPUT_SIZE
+    cdef size_t first
+    size = min(size, u.output_put - u.output_taken)
+    first = min(size, OUTPUT_SIZE - start)
+    memcpy(data, &u.output[start], first)
+    memcpy(data + first, &u.output[0], size - first)
+    return size
+
+
+cdef void output_take(uart *u, uint64_t until) noexcept nogil:
+    """Output before ``until`` is done with (it may have been overwritten meanwhile). The lock is held."""
+    if until > u.output_taken:
+        u.output_taken = until
+    update_thre(u)
+    update_irq(u)
+    pthread_cond_broadcast(&u.progress)
+
+
+cdef void set_lossy(uart *u, bint lossy) noexcept nogil:
+    if u.lossy == lossy:
+        return
+    pthread_mutex_lock(&u.lock)
+    u.lossy = lossy
+    output_take(u, 0)
+    pthread_mutex_unlock(&u.lock)
+
+
+cdef int output_failed(uart *u, int error) noexcept nogil:
+    """Nothing can be written any more: let the guest go on without."""
+    pthread_mutex_lock(&u.lock)
+    u.error = error
+    u.write_errors += 1
+    u.discard = 1
+    u.dropped += u.output_put - u.output_taken
+    output_take(u, u.output_put)
+    pthread_mutex_unlock(&u.lock)
+    return FAILED
+
+
+cdef void clear_wake(int fd) noexcept nogil:
+    cdef uint64_t count
+    read(fd, &count, 8)
+
+
+cdef void nap(int wake_fd) noexcept nogil:
+    cdef pollfd fds
+    fds.fd = wake_fd
+    fds.events = POLLIN
+    poll(&fds, 1, NAP_MS)
+
+
+cdef int writer_loop(uart *u, int fd, bint reconnects) noexcept nogil:
+    cdef uint8_t chunk[CHUNK]
+    cdef pollfd fds[2]
+    cdef uint64_t start
+    cdef size_t size
+    cdef ssize_t written
+    cdef bint socket = chv_is_socket(fd)
+    cdef bint pty = chv_is_pty_master(fd)
+    fds[0].fd = u.wake_writer
+    fds[0].events = POLLIN
+    fds[1].fd = fd
+    if not pty:
+        set_lossy(u, 0)
+    while True:
+        pthread_mutex_lock(&u.lock)
+        start = u.output_taken
+        size = output_peek(u, chunk, CHUNK)
+        u.writer_idle = size == 0
+        if u.stopping:
+            pthread_mutex_unlock(&u.lock)
+            return STOPPED
+        pthread_mutex_unlock(&u.lock)
+        fds[1].events = POLLOUT if size else 0
+        fds[0].revents = fds[1].revents = 0
+        if poll(fds, 2, -1) < 0:
+            if errno == EINTR or errno == EAGAIN:
+                continue
+            return output_failed(u, errno)
+        if fds[0].revents:
+            clear_wake(u.wake_writer)
+        if pty:
+            set_lossy(u, (fds[1].revents & POLLHUP) != 0)
+            if fds[1].revents & POLLHUP:
+                nap(u.wake_writer)
+                continue
+        elif fds[1].revents & (POLLERR | POLLHUP | POLLNVAL) and size == 0:
+            if reconnects:
+                set_lossy(u, 1)
+                return ENDED
+            return output_failed(u, EPIPE)
+        if size == 0 or fds[1].revents == 0:
+            continue
+        written = send(fd, chunk, size, MSG_DONTWAIT | MSG_NOSIGNAL) if socket else write(fd, chunk, size)
+        if written < 0:
+            if errno == EAGAIN or errno == EINTR or (pty and errno == EIO):
+                continue
+            if reconnects and (errno == EPIPE or errno == ECONNRESET):
+                set_lossy(u, 1)
+                return ENDED
+            return output_failed(u, errno)
+        pthread_mutex_lock(&u.lock)
+        output_take(u, start + written)
+        pthread_mutex_unlock(&u.lock)
+
+
+cdef int deliver(uart *u, const uint8_t *data, size_t size) noexcept nogil:
+    """Put all of ``data`` into the input ring, waiting for room; STOPPED if stop() came first, else ENDED."""
+    cdef pollfd wake
+    cdef size_t done = 0
+    wake.fd = u.wake_reader
+    wake.events = POLLIN
+    while True:
+        pthread_mutex_lock(&u.lock)
+        done += input_put(u, data + done, size - done)
+        u.reader_waiting = done < size
+        if u.stopping:
+            pthread_mutex_unlock(&u.lock)
+            return STOPPED
+        pthread_mutex_unlock(&u.lock)
+        if done == size:
+            return ENDED
+        poll(&wake, 1, -1)
+        clear_wake(u.wake_reader)
+
+
+cdef int reader_loop(uart *u, int fd, int watch_fd) noexcept nogil:
+    cdef uint8_t chunk[CHUNK]
+    cdef pollfd fds[3]
+    cdef ssize_t count
+    cdef bint socket = fd >= 0 and chv_is_socket(fd)
+    cdef bint pty = fd >= 0 and chv_is_pty_master(fd)
+    fds[0].fd = u.wake_reader
+    fds[1].fd = fd
+    fds[2].fd = watch_fd
+    fds[0].events = fds[1].events = fds[2].events = POLLIN
+    while not u.stopping:
+        fds[0].revents = fds[1].revents = fds[2].revents = 0
+        if poll(fds, 3, -1) < 0:
+            if errno == EINTR or errno == EAGAIN:
+                continue
+            u.input_error = errno
+            return FAILED
+        if fds[0].revents:
+            clear_wake(u.wake_reader)
+            continue
+        if fds[2].revents:
+            return WATCHED
+        if not fds[1].revents & POLLIN:
+            if not pty:
+                return ENDED
+            nap(u.wake_reader)   # nobody has it open, and nothing tells when somebody will
+            continue
+        count = recv(fd, chunk, CHUNK, MSG_DONTWAIT) if socket else read(fd, chunk, CHUNK)
+        if count > 0:
+            if deliver(u, chunk, count) == STOPPED:
+                return STOPPED
+        elif count == 0:
+            if not socket:
+                return ENDED
+            fds[1].events = 0   # the peer may still read: wait until it is gone altogether
+        elif errno == EIO and (pty or chv_in_background(fd)):
+            nap(u.wake_reader)
+        elif errno == EIO or errno == ECONNRESET:
+            return ENDED
+        elif errno != EAGAIN and errno != EINTR:
+            u.input_error = errno
+            return FAILED
+    return STOPPED
+
+
+def guard_terminal(fd: int) -> None:
+    """Remember the settings of terminal ``fd`` and restore them if a signal kills the process.
+
+    Signals that have a handler already are left to it. One terminal at a time.
+    """
+    if chv_guard(fd) < 0:
+        raise os_error(errno)
+
+
+def unguard_terminal() -> None:
+    """Undo :func:`guard_terminal`: the signals have their default action again."""
+    chv_unguard()
+
+
+cdef object os_error(int error):
+    return OSError(error, os.strerror(error)) if error else None
+
+
+cdef class Serial(CDevice):
+    """A 16550A whose interrupt is a write to the eventfd ``irq_fd`` (-1: none)."""
+
+    def __cinit__(self, int irq_fd):
+        cdef pthread_condattr_t attributes
+        self.u.wake_reader = self.u.wake_writer = -1
+        pthread_mutex_init(&self.u.lock, NULL)
+        pthread_condattr_init(&attributes)
+        pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+        pthread_cond_init(&self.u.progress, &attributes)
+        pthread_condattr_destroy(&attributes)
+        self.u.irq_fd = irq_fd
+        self.u.wake_reader = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        self.u.wake_writer = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.u.wake_reader < 0 or self.u.wake_writer < 0:
+            raise os_error(errno)
+        reset_registers(&self.u)
+        self.ops.read = serial_read
+        self.ops.write = serial_write
+        self.ops.ctx = &self.u
+
+    def __dealloc__(self):
+        if self.u.wake_reader >= 0:
+            close(self.u.wake_reader)
+        if self.u.wake_writer >= 0:
+            close(self.u.wake_writer)
+        pthread_cond_destroy(&self.u.progress)
+        pthread_mutex_destroy(&self.u.lock)
+
+    # -- for the threads that do the I/O
+
+    def run_writer(self, out_fd: int, reconnects: bool = False) -> int:
+        """Write the guest's output to ``out_fd`` until :meth:`stop`; blocks, without the GIL.
+
+        Returns STOPPED; or FAILED after an error, which is in :attr:`error`: from then on output is
+        dropped and the guest goes on. With ``reconnects``, a reader that went away is no error: ENDED is
+        returned, and until the next call the ring keeps the newest output, as it does while nobody has a
+        pty open. ``out_fd`` is polled first, and written in pieces of at most 4096 bytes; if other
+        processes share it, it may block all the same unless it is non-blocking or a socket.
+        """
+        cdef int fd = out_fd
+        cdef bint keep = reconnects
+        cdef int result
+        with nogil:
+            result = writer_loop(&self.u, fd, keep)
+        return result
+
+    def run_reader(self, in_fd: int, watch_fd: int = -1) -> int:
+        """Give the guest what ``in_fd`` (-1: nothing) has to read until :meth:`stop`; blocks, without the GIL.
+
+        Returns STOPPED, ENDED at the end of the input (for a pty there is none), WATCHED when
+        ``watch_fd`` is readable, or FAILED with the reason in :attr:`input_error`.
+        """
+        cdef int fd = in_fd, watch = watch_fd
+        cdef int result
+        with nogil:
+            result = reader_loop(&self.u, fd, watch)
+        return result
+
+    def stop(self) -> None:
+        """End :meth:`run_writer` and :meth:`run_reader`, now and for good. Output that waits stays."""
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            self.u.stopping = 1
+            pthread_cond_broadcast(&self.u.progress)
+            pthread_mutex_unlock(&self.u.lock)
+            signal_fd(self.u.wake_reader)
+            signal_fd(self.u.wake_writer)
+
+    def flush(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds until the output written so far has been handed over.
+
+        True if it was. Does not wait where that cannot happen: nobody has the pty open, or writing failed.
+        """
+        cdef timespec limit, step
+        cdef uint64_t target
+        cdef bint waiting = True
+        cdef int64_t left = <int64_t>(max(0.0, timeout) * 1e9)
+        clock_gettime(CLOCK_MONOTONIC, &limit)
+        add_ns(&limit, left)
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            target = self.u.output_put
+            pthread_mutex_unlock(&self.u.lock)
+        while waiting:
+            clock_gettime(CLOCK_MONOTONIC, &step)
+            if not earlier(&step, &limit):
+                break
+            add_ns(&step, 100000000)   # so often signals are looked at
+            if earlier(&limit, &step):
+                step = limit
+            with nogil:
+                pthread_mutex_lock(&self.u.lock)
+                waiting = flushing(&self.u, target)
+                if waiting:
+                    pthread_cond_timedwait(&self.u.progress, &self.u.lock, &step)
+                    waiting = flushing(&self.u, target)
+                pthread_mutex_unlock(&self.u.lock)
+            PyErr_CheckSignals()
+        return self.u.output_taken >= target and not self.u.discard
+
+    @property
+    def attached(self) -> bool:
+        """Whether somebody takes the output. If not, the ring keeps the newest and the guest never waits."""
+        return not self.u.lossy
+
+    @attached.setter
+    def attached(self, bint value):
+        set_lossy(&self.u, not value)
+
+    @property
+    def discard(self) -> bool:
+        """Whether output is thrown away."""
+        return bool(self.u.discard)
+
+    @discard.setter
+    def discard(self, bint value):
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            self.u.discard = value
+            output_take(&self.u, self.u.output_put if value else 0)
+            pthread_mutex_unlock(&self.u.lock)
+
+    # -- for tests and programs
+
+    def inject(self, data: bytes) -> int:
+        """Receive ``data`` as if it came from the host; returns how many bytes fitted."""
+        cdef const uint8_t[::1] view = data
+        cdef size_t size = view.shape[0]
+        cdef const uint8_t *bytes_ = &view[0] if size else NULL
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            size = input_put(&self.u, bytes_, size)
+            pthread_mutex_unlock(&self.u.lock)
+        return size
+
+    def send_break(self) -> None:
+        """Let the guest receive a break, ahead of input that waits (Linux: the first half of a SysRq)."""
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            self.u.break_waiting = 1
+            refill(&self.u)
+            update_irq(&self.u)
+            pthread_mutex_unlock(&self.u.lock)
+
+    def drain(self, max: int = OUTPUT_SIZE) -> bytes:
+        """Take at most ``max`` bytes of output that waits. Not while :meth:`run_writer` runs."""
+        cdef size_t size = min(max, OUTPUT_SIZE)
+        data = bytearray(size)
+        cdef uint8_t[::1] view = data
+        if size == 0:
+            return b""
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            size = output_peek(&self.u, &view[0], size)
+            output_take(&self.u, self.u.output_taken + size)
+            pthread_mutex_unlock(&self.u.lock)
+        return bytes(data[:size])
+
+    @property
+    def pending_output(self) -> int:
+        """How many bytes wait to be written."""
+        return self.u.output_put - self.u.output_taken
+
+    @property
+    def pending_input(self) -> int:
+        """How many bytes wait for the guest, besides those in its FIFO."""
+        return self.u.input_put - self.u.input_taken
+
+    @property
+    def error(self):
+        """The OSError of the write that failed, or None."""
+        return os_error(self.u.error)
+
+    @property
+    def input_error(self):
+        """The OSError of the read that failed, or None."""
+        return os_error(self.u.input_error)
+
+    @property
+    def counters(self) -> dict:
+        """``overruns``: bytes that the guest wrote although THRE was clear and the ring was full.
+        ``dropped``: bytes that nobody took. ``write_errors``, ``interrupts``: how many.
+        ``sent``, ``received``: bytes taken over from and handed to the guest.
+        """
+        return {"overruns": self.u.overruns, "dropped": self.u.dropped, "write_errors": self.u.write_errors,
+                "interrupts": self.u.interrupts, "sent": self.u.output_put, "received": self.u.input_taken}
+
+    @property
+    def overruns(self) -> int:
+        return self.u.overruns
+
+    # -- life of the VM
+
+    def set_irq_fd(self, irq_fd: int) -> None:
+        """Interrupt through another eventfd from now on."""
+        cdef int fd = irq_fd
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            self.u.irq_fd = fd
+            pthread_mutex_unlock(&self.u.lock)
+
+    def reset(self) -> None:
+        """Power-on state of the registers and the FIFO. Threads go on, and both rings keep what they hold."""
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            reset_registers(&self.u)
+            pthread_mutex_unlock(&self.u.lock)
+
+    def save(self) -> dict:
+        """Registers, FIFO and the input that waits. Output that waits is the host's; :meth:`flush` first."""
+        cdef uart copy
+        with nogil:
+            pthread_mutex_lock(&self.u.lock)
+            copy = self.u
+            pthread_mutex_unlock(&self.u.lock)
+        slots = [(copy.fifo_first + i) % FIFO_SIZE for i in range(copy.fifo_count)]
+        waiting = copy.input_put - copy.input_taken
+        start = copy.input_taken
+        state = {name: value for name, value in registers(&copy).items()}
+        state["fifo"] = bytes([copy.fifo[slot] for slot in slots])
+        state["fifo_flags"] = bytes([copy.fifo_flags[slot] for slot in slots])
+        state["input"] = bytes([copy.input[(start + i) % INPUT_SIZE] for i in range(waiting)])
+        return state
+
+    def load(self, state: dict) -> None:
+        """Take over a saved state; an active cause interrupts again."""
+        fifo, flags, waiting = state["fifo"], state["fifo_flags"], state["input"]
+        if len(fifo) > FIFO_SIZE or len(flags) != len(fifo) or len(waiting) > INPUT_SIZE:
+            raise ValueError("serial: the saved FIFO or input is longer than the port's")
+        pthread_mutex_lock(&self.u.lock)
+        try:
+            set_registers(&self.u, state)
+            clear_receiver(&self.u)
+            for i in range(len(fifo)):
+                fifo_put(&self.u, fifo[i], flags[i])
+            self.u.input_taken = 0
+            self.u.input_put = len(waiting)
+            for i in range(len(waiting)):
+                self.u.input[<size_t>i] = waiting[i]
+            self.u.active = 0
+            update_irq(&self.u)
+        finally:
+            pthread_mutex_unlock(&self.u.lock)
+
+
+cdef bint flushing(uart *u, uint64_t target) noexcept nogil:
+    return u.output_taken < target and not (u.discard or u.lossy or u.stopping)
+
+
+cdef void add_ns(timespec *t, int64_t ns) noexcept nogil:
+    cdef int64_t total = t.tv_nsec + ns
+    t.tv_sec += total // 1000000000
+    t.tv_nsec = total % 1000000000
+
+
+cdef bint earlier(const timespec *a, const timespec *b) noexcept nogil:
+    return a.tv_sec < b.tv_sec or (a.tv_sec == b.tv_sec and a.tv_nsec < b.tv_nsec)
+
+
+cdef dict registers(uart *u):
+    return {"ier": u.ier, "fcr": u.fcr, "lcr": u.lcr, "mcr": u.mcr, "msr": u.msr, "scr": u.scr, "dll": u.dll,
+            "dlm": u.dlm, "overrun": u.overrun, "thre_pending": u.thre_pending, "break_waiting": u.break_waiting}
+
+
+cdef set_registers(uart *u, dict state):
+    u.ier = state["ier"] & IER_BITS
+    u.fcr = state["fcr"] & (FCR_ENABLE | FCR_TRIGGER)
+    u.lcr, u.mcr, u.msr = state["lcr"], state["mcr"] & MCR_BITS, state["msr"]
+    u.scr, u.dll, u.dlm = state["scr"], state["dll"], state["dlm"]
+    u.overrun, u.thre_pending = state["overrun"], state["thre_pending"]
+    u.break_waiting = state["break_waiting"]
