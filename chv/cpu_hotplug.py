@@ -95,6 +95,11 @@ EJECT_EVENTS: Final = (NOTIFY_EJECT_REQUEST, 0x103)
 EJECT_ACCEPTED: Final = (0x00, 0x84)
 
 
+def _check_maximum(maximum: int) -> None:
+    if not 1 <= maximum <= MAXIMUM:
+        raise ConfigError(f"cpus.max_vcpus: {maximum} is not in 1..{MAXIMUM}")
+
+
 @dataclass(slots=True)
 class CpuSlot:
     """What is known of one possible vCPU."""
@@ -122,8 +127,7 @@ class CpuHotplug:
     """
 
     def __init__(self, boot: int, maximum: int, on_eject: Callable[[int], None]) -> None:
-        if not 1 <= maximum <= MAXIMUM:
-            raise ConfigError(f"cpus.max_vcpus: {maximum} is not in 1..{MAXIMUM}")
+        _check_maximum(maximum)
         self.on_eject = on_eject
         self.ignored_ejects = 0  #: ejects that nobody had asked for
         self._lock = threading.Lock()
@@ -300,7 +304,9 @@ def aml(
 
     ``region_space`` and ``base`` say where the registers are, so that an interpreter in a test can have
     them in memory. The method to run when the GED reports the CPU event is ``\\_SB.CPUS.CSCN``.
+    Raises :class:`ConfigError` if ``maximum`` is not in 1..4096.
     """
+    _check_maximum(maximum)
     return Scope(
         "\\_SB",
         Device(
@@ -437,7 +443,7 @@ def _scan_method(maximum: int) -> bytes:
             If(LOr(LLess(Local1, Local0), LGreaterEqual(Local1, maximum)), Break),
             If(LNotEqual(Local1, Local0), Store(Local1, "CSEL")),
             Store("CFLG", Local2),
-            Store(And(Local2, INSERTING | REMOVING), "CFLG"),
+            And(Local2, INSERTING | REMOVING, "CFLG"),
             If(And(Local2, INSERTING), Call("CTFY", Local1, NOTIFY_DEVICE_CHECK)),
             If(And(Local2, REMOVING), Call("CTFY", Local1, NOTIFY_EJECT_REQUEST)),
             Add(Local1, 1, Local0),

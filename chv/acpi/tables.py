@@ -40,6 +40,11 @@ class AcpiTables:
         """The guest-physical address to give to the guest."""
         return self.addresses[RSDP]
 
+    @property
+    def end(self) -> int:
+        """The first address behind the tables."""
+        return max(self.addresses[name] + len(table) for name, table in self.tables.items())
+
     def write(self, memory: Memory) -> None:
         for name, table in self.tables.items():
             memory.write(self.addresses[name], table)
