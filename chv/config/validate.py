@@ -144,7 +144,8 @@ def _check_outputs(config: VmConfig) -> None:
             value = getattr(output, field)
             if mode == needs and not value:
                 raise ConfigError(f"{name}.{field}: required with mode {mode.value}, but missing")
-            if mode != needs and value:
+            shows_its_path = field == "file" and mode == ConsoleMode.PTY  # a booted VM's info has it there
+            if mode != needs and value and not shows_its_path:
                 raise ConfigError(f"{name}.{field}: goes with mode {needs.value}, not with mode {mode.value}")
     if config.serial.mode == config.console.mode == ConsoleMode.TTY:
         raise ConfigError("console.mode: Tty is taken by serial.mode: only one of them can have the terminal")
