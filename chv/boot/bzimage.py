@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from .. import layout
 from ..errors import ImageError
 from . import decompress, linux
-from .source import BytesSource, Source
+from .room import mib
+from .source import Source
 
 _SECTOR = 512
 _DEFAULT_SETUP_SECTORS = 4
@@ -125,21 +126,8 @@ def payload(source: Source, header: Header, limit: int | None) -> Compressed | N
         )
     if limit is not None and size > limit:
         raise ImageError(
-            f"{source.name}: unpacks to {_mib(size)} MiB, the guest's memory has {limit // layout.MiB} MiB; "
-            f"give it more than {_mib(size)} MiB (memory.size)"
+            f"{source.name}: unpacks to {mib(size)} MiB, more than the guest's memory: "
+            f"{limit // layout.MiB} MiB (memory.size)"
         )
     # gzip's trailer is part of its format.
     return Compressed(data if name == "gzip" else data[:-_TRAILER], name, size)
-
-
-def unpack(source: Source, compressed: Compressed) -> Source:
-    """The ELF file in ``compressed``; :class:`chv.boot.decompress.NoLibrary` where there is none for it."""
-    try:
-        data = decompress.unpack(compressed.data, compressed.format, compressed.size)
-    except decompress.UnpackError as error:
-        raise ImageError(f"{source.name}: {error}") from error
-    return BytesSource(f"{source.name} (unpacked)", data)
-
-
-def _mib(size: int) -> int:
-    return -(-size // layout.MiB)

@@ -8,11 +8,11 @@ little-endian, which is gzip's own trailer and is appended for the others) and b
 from __future__ import annotations
 
 import bz2
+import contextlib
 import lzma
-import os
+import mmap
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import lz4.block
@@ -20,8 +20,7 @@ import zstandard
 
 from .. import layout
 from . import lzop
-
-Buffer = bytes | bytearray | memoryview
+from .source import Buffer
 
 _XZ_MEMORY_MAX = 512 * layout.MiB
 _ZSTD_WINDOW_MAX = 128 * layout.MiB  # what zstd --ultra -22 uses, and all that a kernel can unpack itself
@@ -108,37 +107,40 @@ def _bzip2(data: memoryview, size: int) -> Buffer:
 
 
 def _zstd(data: memoryview, size: int) -> Buffer:
+    unpacked = _room(size)
+    done = 0
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
-    declared = zstandard.frame_content_size(data)
-    if declared not in (-1, size):  # otherwise the library trusts it and allocates that much
-        raise UnpackError(f"its zstd frame says {declared} bytes; {size} are expected")
-    return decompressor.decompress(data, max_output_size=size)
+    with decompressor.stream_reader(data) as stream:
+        while count := stream.readinto(unpacked[done:]):
+            done += count
+        if done == size and stream.read(1):
+            raise _too_long(size)
+    return unpacked[:done]
 
 
 def _lz4(data: memoryview, size: int) -> Buffer:
-    blocks = _lz4_blocks(data, size)
-    sizes = [min(_LZ4_BLOCK, size - start) for start in range(0, size, _LZ4_BLOCK)]
-    if len(blocks) != len(sizes):
-        raise UnpackError(f"its lz4 data have {len(blocks)} blocks; {len(sizes)} make {size} bytes")
-    unpacked = bytearray(size)
-
-    def one(index: int) -> None:
-        block = lz4.block.decompress(blocks[index], uncompressed_size=sizes[index])
-        start = index * _LZ4_BLOCK
-        if len(block) != sizes[index]:
-            raise UnpackError(f"its lz4 block {index} has {len(block)} bytes; {sizes[index]} are expected")
-        unpacked[start : start + len(block)] = block
-
-    # The blocks are independent, and the library works on them without the GIL.
-    with ThreadPoolExecutor(min(len(blocks), os.cpu_count() or 1)) as pool:
-        for _ in pool.map(one, range(len(blocks))):
-            pass
-    return unpacked
+    unpacked = _room(size)
+    done = 0
+    for block in _lz4_blocks(data):
+        room = min(_LZ4_BLOCK, size - done)
+        if not room:
+            raise _too_long(size)
+        piece = lz4.block.decompress(block, uncompressed_size=room)
+        unpacked[done : done + len(piece)] = piece
+        done += len(piece)
+    return unpacked[:done]
 
 
-def _lz4_blocks(data: memoryview, size: int) -> list[memoryview]:
-    """The compressed blocks; each unpacks to 8 MiB, the last to the rest."""
-    blocks: list[memoryview] = []
+def _room(size: int) -> memoryview:
+    """``size`` bytes to write into, in huge pages where the host has them: that halves the time."""
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(mapping)
+
+
+def _lz4_blocks(data: memoryview) -> Iterator[memoryview]:
+    """The compressed blocks; each unpacks to 8 MiB at most."""
     position = 0
     while position < len(data):
         head = data[position : position + 4]
@@ -147,10 +149,9 @@ def _lz4_blocks(data: memoryview, size: int) -> list[memoryview]:
             continue
         length = int.from_bytes(head, "little")
         if len(head) < 4 or not length or length > len(data) - position:
-            raise UnpackError(f"its lz4 block {len(blocks)} ends beyond the data")
-        blocks.append(data[position : position + length])
+            raise UnpackError(f"its lz4 block at {position} ends beyond the data")
+        yield data[position : position + length]
         position += length
-    return blocks
 
 
 def _lzo(data: memoryview, size: int) -> Buffer:

@@ -26,13 +26,14 @@ _EM_386, _EM_X86_64 = 3, 62
 _MACHINES = {2: "SPARC", 8: "MIPS", 20: "PowerPC", 21: "PowerPC64", 22: "s390", 40: "32-bit Arm",
              183: "64-bit Arm", 243: "RISC-V", 258: "LoongArch"}  # fmt: skip
 
-_PT_LOAD, _PT_INTERP, _PT_NOTE = 1, 3, 4
+_PT_LOAD, _PT_INTERP, _PT_NOTE, _PT_TLS = 1, 3, 4, 7
 _PHNUM_MAX = 1024
 _NOTES_MAX = 1 * layout.MiB
 _NOTE_HEADER = struct.Struct("<3I")
 _XEN_GUEST_OS, _XEN_PHYS32_ENTRY = 6, 18
 
 _ADDRESS_END = 1 << 64
+_LINUX64_ENTRY_END = 1 * layout.GiB  # the page tables of the 64-bit entry map that much
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Elf:
 class _Shape:
     """Where things are in the headers of one ELF class."""
 
+    bits: int
     header: struct.Struct  # type, machine, version, entry, phoff, shoff, flags, ehsize, phentsize, phnum
     program: struct.Struct
     program_fields: tuple[str, ...]
@@ -71,11 +73,13 @@ class _Shape:
 
 _SHAPES = {
     _CLASS_32: _Shape(
+        32,
         struct.Struct("<16xHHIIIIIHHH"),
         struct.Struct("<8I"),
         ("type", "offset", "vaddr", "paddr", "filesz", "memsz", "flags", "align"),
     ),
     _CLASS_64: _Shape(
+        64,
         struct.Struct("<16xHHIQQQIHHH"),
         struct.Struct("<IIQQQQQQ"),
         ("type", "flags", "offset", "vaddr", "paddr", "filesz", "memsz", "align"),
@@ -85,7 +89,7 @@ _SHAPES = {
 
 def parse(source: Source) -> Elf:
     """Read the headers of ``source``; :class:`chv.errors.ImageError` when it cannot be loaded."""
-    shape = _shape(source)
+    shape, machine = _shape(source)
     entry, headers = _program_headers(source, shape)
     segments = _segments(source, headers)
     pvh_entry, is_linux = None, False
@@ -93,13 +97,30 @@ def parse(source: Source) -> Elf:
         if owner == b"Xen" and kind == _XEN_PHYS32_ENTRY:
             pvh_entry = _pvh_entry(source, value)
         is_linux |= owner == b"Linux" or (owner == b"Xen" and kind == _XEN_GUEST_OS and value == b"linux\0")
+    if pvh_entry is None:
+        _check_64bit_entry(source, shape, machine, entry, headers)
     start = entry if pvh_entry is None else pvh_entry
     if not any(s.address <= start < s.end for s in segments):
         raise ImageError(f"{source.name}: the entry point {start:#x} lies in none of its segments")
     return Elf(segments, entry, pvh_entry, is_linux)
 
 
-def _shape(source: Source) -> _Shape:
+def _check_64bit_entry(
+    source: Source, shape: _Shape, machine: int, entry: int, headers: list[dict[str, int]]
+) -> None:
+    """Without a PVH note, the file must be enterable the 64-bit way."""
+    if any(header["type"] == _PT_TLS for header in headers):
+        raise ImageError(f"{source.name}: is a program for a running Linux, not a kernel or firmware")
+    if shape.bits != 64 or machine != _EM_X86_64:
+        raise ImageError(f"{source.name}: has no PVH note, without which only 64-bit code can be entered")
+    if entry >= _LINUX64_ENTRY_END:
+        raise ImageError(
+            f"{source.name}: has no PVH note, and its entry point {entry:#x} is above {_LINUX64_ENTRY_END:#x}"
+        )
+
+
+def _shape(source: Source) -> tuple[_Shape, int]:
+    """The class of the file and its machine type, both among those that can be loaded."""
     if source.size < 20:
         raise ImageError(f"{source.name}: the file is truncated: {source.size} bytes hold no ELF header")
     ident = source.read(0, 20)
@@ -117,7 +138,7 @@ def _shape(source: Source) -> _Shape:
     if kind not in _LOADABLE_TYPES:
         name = _TYPES.get(kind, f"of type {kind}")
         raise ImageError(f"{source.name}: is an ELF file, but {name}; an executable is needed")
-    return shape
+    return shape, machine
 
 
 def _program_headers(source: Source, shape: _Shape) -> tuple[int, list[dict[str, int]]]:

@@ -35,6 +35,7 @@ _MAGICS = (
     (0, b"\xed\xab\xee\xdb", "is an RPM package"),
     (0, b"\x27\x05\x19\x56", "is a U-Boot image"),
     (0, b"\xd0\x0d\xfe\xed", "is a flattened device tree or FIT image"),
+    (0x28, b"_FVH", "is a UEFI firmware volume; its ELF form (EDK2's OvmfPkg/CloudHv) boots here"),
     (0, b"#!", "is a script"),
     (0, b"MZ", "is an EFI or Windows program (PE) without a Linux setup header"),
     (0x1FE, b"\x55\xaa", "is a disk image (boot sector)"),

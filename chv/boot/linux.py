@@ -7,7 +7,7 @@ Documentation/arch/x86/zero-page.rst (the rest of boot_params); struct boot_e820
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from .. import layout
 from ..errors import ConfigError
@@ -15,6 +15,7 @@ from ..memory import GuestMemory
 
 HEADER = 0x1F1  # the setup header: the same offset in the bzImage and in the zero page
 HEADER_MAX_END = 0x290  # what follows it in the zero page is used by others
+DEFAULT_INITRD_ADDR_MAX = 0x7FFFFFFF  # what 64-bit kernels state
 COMMAND_LINE_MAX = 2047  # COMMAND_LINE_SIZE on x86 is 2048 with the NUL
 
 _ACPI_RSDP_ADDR = 0x70
@@ -25,8 +26,7 @@ _VERSION = 0x206
 _TYPE_OF_LOADER = 0x210
 _LOADFLAGS = 0x211
 _CODE32_START = 0x214
-_RAMDISK_IMAGE = 0x218
-_RAMDISK_SIZE = 0x21C
+_RAMDISK_IMAGE = 0x218  # followed by its size
 _CMD_LINE_PTR = 0x228
 _INITRD_ADDR_MAX = 0x22C
 _KERNEL_ALIGNMENT = 0x230
@@ -45,29 +45,33 @@ def default_header() -> bytes:
     struct.pack_into("<H", page, _BOOT_FLAG, 0xAA55)
     struct.pack_into("<4sH", page, _MAGIC, b"HdrS", 0x20C)
     page[_LOADFLAGS] = _LOADED_HIGH
-    struct.pack_into("<I", page, _INITRD_ADDR_MAX, 0x7FFFFFFF)
+    struct.pack_into("<I", page, _INITRD_ADDR_MAX, DEFAULT_INITRD_ADDR_MAX)
     struct.pack_into("<I", page, _KERNEL_ALIGNMENT, 0x1000000)
     struct.pack_into("<I", page, _CMDLINE_SIZE, COMMAND_LINE_MAX)
     return bytes(page[HEADER:])
 
 
+def with_code_at(header: bytes, address: int) -> bytes:
+    """``header``, the setup header from 0x1f1 on, saying that the 32-bit code was loaded at ``address``."""
+    changed = bytearray(header)
+    struct.pack_into("<I", changed, _CODE32_START - HEADER, address)
+    return bytes(changed)
+
+
 def write(
     memory: GuestMemory,
-    *,
     header: bytes,
-    code32_start: int | None,
-    memory_map: Iterable[tuple[int, int, int]],
+    memory_map: Sequence[tuple[int, int, int]],
     rsdp: int,
     initramfs: tuple[int, int] | None,
 ) -> int:
     """Write the zero page; its guest address is returned.
 
-    ``header`` is the kernel's setup header from 0x1f1 on, ``code32_start`` where its 32-bit code was loaded,
-    ``memory_map`` has (base, size, type), ``initramfs`` is (address, size).
+    ``header`` is the kernel's setup header from 0x1f1 on, ``memory_map`` has (base, size, type),
+    ``initramfs`` is (address, size).
     """
-    entries = list(memory_map)
-    if len(entries) > _E820_MAX:
-        raise ConfigError(f"memory: a memory map of {len(entries)} entries; {_E820_MAX} have room")
+    if len(memory_map) > _E820_MAX:
+        raise ConfigError(f"memory map: has {len(memory_map)} entries; {_E820_MAX} have room")
     page = bytearray(layout.PAGE_SIZE)
     header = header[: HEADER_MAX_END - HEADER]
     page[HEADER : HEADER + len(header)] = header
@@ -75,10 +79,8 @@ def write(
     struct.pack_into("<Q", page, _ACPI_RSDP_ADDR, rsdp)
     struct.pack_into("<I", page, _CMD_LINE_PTR, layout.CMDLINE)
     struct.pack_into("<II", page, _RAMDISK_IMAGE, *(initramfs or (0, 0)))
-    if code32_start is not None:
-        struct.pack_into("<I", page, _CODE32_START, code32_start)
-    page[_E820_ENTRIES] = len(entries)
-    for index, entry in enumerate(entries):
+    page[_E820_ENTRIES] = len(memory_map)
+    for index, entry in enumerate(memory_map):
         _E820_ENTRY.pack_into(page, _E820_TABLE + index * _E820_ENTRY.size, *entry)
     memory.write(layout.ZERO_PAGE, page)
     return layout.ZERO_PAGE

@@ -2,116 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 
 from .. import layout
-from ..errors import ConfigError, GuestMemoryError, ImageError
+from ..errors import ConfigError, ImageError
 from ..memory import GuestMemory
-from . import bzimage, decompress, elf, identify, linux, pvh
+from . import room
 from .entry import EntryPoint
-from .source import FileSource, Source, StrPath
-
-_E820_RAM, _E820_RESERVED = 1, 2
-_ZEROS = bytes(layout.MiB)
-
-
-@dataclass(frozen=True, slots=True)
-class _ElfKernel:
-    """An ELF file, entered by PVH or, without a PVH note, the 64-bit way."""
-
-    source: Source
-    image: elf.Elf
-
-    initrd_addr_max = layout.RAM_64BIT - 1
-
-    def spans(self) -> list[tuple[int, int, str]]:
-        return [(s.address, s.end, f"segment {s.index}") for s in self.image.segments]
-
-    def place(self, memory: GuestMemory) -> None:
-        for segment in self.image.segments:
-            with memory.view(segment.address, segment.file_size) as target:
-                self.source.copy_into(target, segment.offset)
-            _clear(memory, segment.address + segment.file_size, segment.end)
-
-    def enter(
-        self,
-        memory: GuestMemory,
-        ram: list[tuple[int, int, int]],
-        rsdp: int,
-        initramfs: tuple[int, int] | None,
-    ) -> EntryPoint:
-        if self.image.pvh_entry is not None:
-            start_info = pvh.write(memory, memory_map=ram, rsdp=rsdp, module=initramfs)
-            return EntryPoint("pvh", self.image.pvh_entry, {"rbx": start_info})
-        zero_page = linux.write(
-            memory,
-            header=linux.default_header(),
-            code32_start=None,
-            memory_map=ram,
-            rsdp=rsdp,
-            initramfs=initramfs,
-        )
-        stack = layout.BOOT_STACK
-        return EntryPoint("linux64", self.image.entry, {"rsi": zero_page, "rsp": stack, "rbp": stack})
-
-
-@dataclass(frozen=True, slots=True)
-class _BzImageKernel:
-    """A bzImage that unpacks itself in the guest."""
-
-    source: Source
-    header: bzimage.Header
-
-    @property
-    def initrd_addr_max(self) -> int:
-        return self.header.initrd_addr_max
-
-    def spans(self) -> list[tuple[int, int, str]]:
-        code = (layout.HIGH_RAM, layout.HIGH_RAM + self.header.code_size, "its code")
-        base = max(layout.HIGH_RAM, self.header.pref_address)
-        return [code, (base, base + self.header.init_size, "the room to unpack itself")]
-
-    def place(self, memory: GuestMemory) -> None:
-        with memory.view(layout.HIGH_RAM, self.header.code_size) as target:
-            self.source.copy_into(target, self.header.code_offset)
-
-    def enter(
-        self,
-        memory: GuestMemory,
-        ram: list[tuple[int, int, int]],
-        rsdp: int,
-        initramfs: tuple[int, int] | None,
-    ) -> EntryPoint:
-        zero_page = linux.write(
-            memory,
-            header=self.header.raw,
-            code32_start=layout.HIGH_RAM,
-            memory_map=ram,
-            rsdp=rsdp,
-            initramfs=initramfs,
-        )
-        return EntryPoint("linux32", layout.HIGH_RAM, {"rsi": zero_page, "rsp": layout.BOOT_STACK})
+from .kernel import Handover, Kernel, open_kernel
+from .source import FileSource, StrPath
 
 
 class Payload:
-    """A kernel or firmware, an initramfs and a command line, ready to be placed.
+    """A kernel or firmware, an initramfs and a command line, ready to be placed. Made by :func:`prepare`.
 
-    :meth:`place` changes nothing here, so one payload serves many VMs and threads. It keeps the files
-    open until :meth:`close`; a context manager closes it too.
+    :meth:`place` changes nothing here, so one payload serves many VMs and threads. Uncompressed files stay
+    open until :meth:`close`; it is a context manager, too.
     """
 
-    def __init__(
-        self,
-        kernel: _ElfKernel | _BzImageKernel,
-        files: Sequence[FileSource],
-        initramfs: FileSource | None,
-        cmdline: bytes,
-    ) -> None:
+    def __init__(self, kernel: Kernel, initramfs: FileSource | None, cmdline: bytes) -> None:
         self._kernel = kernel
-        self._files = files
         self._initramfs = initramfs
         self._cmdline = cmdline
 
@@ -122,34 +35,39 @@ class Payload:
 
         ``rsdp`` is where the ACPI root pointer will be; ``reserved`` are (base, size) ranges that the memory
         map lists as reserved. Raises :class:`chv.errors.ImageError` when something does not fit or a file
-        was changed meanwhile, :class:`chv.errors.ConfigError` when the memory is too small to boot at all.
+        was changed meanwhile, :class:`chv.errors.ConfigError` when the memory is too small to boot at all or
+        ``reserved`` overlaps it. Nothing is written before these checks.
         """
-        ram = _memory_map(memory, reserved)
-        for file in self._files:
-            file.require_unchanged()
-        _check_spans(memory, self._kernel)
+        memory_map = room.memory_map(memory, reserved)
+        kernel = self._kernel
+        kernel.source.require_unchanged()
+        for start, end, what in kernel.spans():
+            room.require_ram(memory, start, end, f"{kernel.source.name}: {what}")
         initramfs = self._place_initramfs(memory)
-        self._kernel.place(memory)
+        kernel.place(memory)
         memory.write(layout.CMDLINE, self._cmdline + b"\0")
-        return self._kernel.enter(memory, ram, rsdp, initramfs)
+        return kernel.enter(memory, Handover(memory_map, rsdp, initramfs))
 
     def _place_initramfs(self, memory: GuestMemory) -> tuple[int, int] | None:
+        """Copy the initramfs as high as it may be, so that the kernel's own first allocations have room."""
         source = self._initramfs
         if source is None:
             return None
+        source.require_unchanged()
         spans = [(start, end) for start, end, _ in self._kernel.spans()]
-        limit = min(memory.regions[0].end, self._kernel.initrd_addr_max + 1)
-        address = _highest_gap(spans, source.size, limit)
+        limit = self._kernel.initrd_limit
+        address = room.highest_gap(spans, source.size, min(memory.regions[0].end, limit))
         if address is None:
-            raise ImageError(_no_room(source, spans, self._kernel.initrd_addr_max + 1))
+            raise ImageError(f"{source.name}: {room.why_no_gap(spans, source.size, limit)}")
         with memory.view(address, source.size) as target:
             source.copy_into(target, 0)
         return address, source.size
 
     def close(self) -> None:
-        """Close the files; :meth:`place` is over then."""
-        for file in self._files:
-            file.close()
+        """Close the files; :meth:`place` is over then. Closing again does nothing."""
+        self._kernel.source.close()
+        if self._initramfs is not None:
+            self._initramfs.close()
 
     def __enter__(self) -> Payload:
         return self
@@ -167,29 +85,34 @@ def prepare(
     cmdline: str = "",
     *,
     memory_size: int | None = None,
+    cache_dir: StrPath | None = None,
 ) -> Payload:
     """Open, check and unpack what is to be booted: ``kernel`` or ``firmware``, one of the two.
 
-    ``memory_size`` (bytes), when known, bounds what a compressed kernel may unpack to. Raises
-    :class:`chv.errors.ImageError` for a file and :class:`chv.errors.ConfigError` for an argument.
+    ``memory_size`` (bytes), when known, bounds what a compressed kernel may unpack to. With ``cache_dir``,
+    for example :func:`chv.boot.cache.default_directory`, unpacked kernels are kept in that folder and taken
+    from it. Raises :class:`chv.errors.ImageError` for a file and :class:`chv.errors.ConfigError` for an
+    argument.
     """
     if kernel is not None and firmware is not None:
         raise ConfigError("payload: kernel and firmware are both given; one of them boots the VM")
     main, role = (kernel, "kernel") if firmware is None else (firmware, "firmware")
     if main is None:
         raise ConfigError("payload: nothing to boot; give a kernel or a firmware")
-    files: list[FileSource] = []
-    try:
-        files.append(FileSource(role, main))
-        loadable, cmdline_max = _open_kernel(files[0], memory_size)
-        text = _encode_cmdline(cmdline, cmdline_max)
-        if initramfs is not None:
-            files.append(FileSource("initramfs", initramfs))
-        return Payload(loadable, files, files[1] if initramfs is not None else None, text)
-    except BaseException:
-        for file in files:
-            file.close()
-        raise
+    text = _encode(cmdline)
+    with ExitStack() as opened:  # what is open when something fails
+        file = FileSource(role, main)
+        opened.callback(file.close)
+        loadable, cmdline_max = open_kernel(
+            file, memory_size, Path(cache_dir) if cache_dir is not None else None
+        )
+        opened.callback(loadable.source.close)
+        _require_length(text, cmdline_max)
+        extra = None if initramfs is None else FileSource("initramfs", initramfs)
+        opened.pop_all()
+    if loadable.source is not file:
+        file.close()
+    return Payload(loadable, extra, text)
 
 
 def load(
@@ -207,121 +130,21 @@ def load(
         return payload.place(memory, rsdp, reserved)
 
 
-def _open_kernel(file: FileSource, memory_size: int | None) -> tuple[_ElfKernel | _BzImageKernel, int]:
-    """The kernel in ``file`` and how many bytes of command line it takes (0: unknown)."""
-    head = file.read(0, min(file.size, identify.HEAD))
-    if head.startswith(elf.MAGIC):
-        image = elf.parse(file)
-        return _ElfKernel(file, image), linux.COMMAND_LINE_MAX if image.is_linux else 0
-    if not bzimage.is_bzimage(head):
-        raise ImageError(
-            f"{file.name}: {identify.describe(head)}; an ELF file or a bzImage for x86-64 is needed"
-        )
-    header = bzimage.parse(file)
-    compressed = bzimage.payload(file, header, memory_size)
-    if compressed is not None:
-        try:
-            unpacked = bzimage.unpack(file, compressed)
-        except decompress.NoLibrary:
-            return _BzImageKernel(file, header), header.cmdline_max
-        image = elf.parse(unpacked)
-        if image.pvh_entry is not None:
-            return _ElfKernel(unpacked, image), header.cmdline_max
-    return _BzImageKernel(file, header), header.cmdline_max
-
-
-def _encode_cmdline(cmdline: str, kernel_max: int) -> bytes:
+def _encode(cmdline: str) -> bytes:
+    """The command line as bytes: UTF-8, and the bytes of arguments that are not UTF-8 as they were."""
     try:
         text = cmdline.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
         raise ConfigError(f"payload.cmdline: cannot be written as UTF-8 ({error.reason})") from error
     if b"\0" in text:
         raise ConfigError(f"payload.cmdline: has a NUL at byte {text.index(0)}; none is allowed")
-    area = layout.CMDLINE_MAX - 1
-    limit = min(kernel_max or area, area)
-    if len(text) > limit:
-        who = "this kernel takes" if limit < area else "there is room for"
-        raise ConfigError(f"payload.cmdline: has {len(text)} bytes; {who} {limit} at most")
     return text
 
 
-def _memory_map(memory: GuestMemory, reserved: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    if memory.regions[0].end < layout.HIGH_RAM + layout.MiB:
-        raise ConfigError(f"memory.size: {memory.size} bytes; booting takes at least {2 * layout.MiB}")
-    entries = [(base, size, _E820_RAM) for base, size in memory.memory_map()]
-    entries += [(base, size, _E820_RESERVED) for base, size in reserved]
-    entries.sort()
-    for base, size, _ in entries:
-        if base < 0 or size <= 0 or base + size > 1 << 64:
-            raise ConfigError(f"memory map: {size:#x} bytes at {base:#x} are no range of addresses")
-    for (base, size, _), (following, _, _) in pairwise(entries):
-        if base + size > following:
-            raise ConfigError(f"memory map: the ranges at {base:#x} and {following:#x} overlap")
-    return entries
-
-
-def _check_spans(memory: GuestMemory, kernel: _ElfKernel | _BzImageKernel) -> None:
-    for start, end, what in kernel.spans():
-        try:
-            memory.find(start, end - start)
-        except GuestMemoryError as error:
-            raise ImageError(f"{kernel.source.name}: {what}: {_outside(memory, start, end)}") from error
-
-
-def _outside(memory: GuestMemory, start: int, end: int) -> str:
-    where = f"{start:#x} to {end - 1:#x}"
-    if end <= layout.RAM_32BIT_END:
-        return (
-            f"takes guest memory from {where}, which has {memory.size // layout.MiB} MiB; "
-            f"at least {_mib(end)} MiB are needed (memory.size)"
-        )
-    if start < layout.RAM_64BIT:
-        return f"loads at {where}; RAM ends at {layout.RAM_32BIT_END:#x}, then devices follow up to 4 GiB"
-    return f"loads at {where}, which is not in the guest's memory ({memory.size // layout.MiB} MiB)"
-
-
-def _highest_gap(spans: Iterable[tuple[int, int]], size: int, limit: int) -> int | None:
-    """The highest page-aligned address below ``limit`` where ``size`` bytes touch none of ``spans``."""
-    top = limit
-    for start, end in sorted(spans, key=lambda span: span[1], reverse=True):
-        address = _page_down(top - size)
-        if address >= max(end, layout.HIGH_RAM):
-            return address
-        top = min(top, start)
-    address = _page_down(top - size)
-    return address if address >= layout.HIGH_RAM else None
-
-
-def _no_room(source: Source, spans: Iterable[tuple[int, int]], limit: int) -> str:
-    """Why the initramfs does not fit, and what would do."""
-    end = max((end for _, end in spans if end <= layout.RAM_32BIT_END), default=layout.HIGH_RAM)
-    needed = _page_up(end) + _page_up(source.size)
-    if needed > min(layout.RAM_32BIT_END, limit):
-        most = min(layout.RAM_32BIT_END, limit) - _page_up(end)
-        return (
-            f"{source.name}: has {_mib(source.size)} MiB; "
-            f"beside this kernel {most // layout.MiB} MiB are possible"
-        )
-    return (
-        f"{source.name}: has {_mib(source.size)} MiB and does not fit beside the kernel; "
-        f"at least {_mib(needed)} MiB of memory are needed (memory.size)"
-    )
-
-
-def _clear(memory: GuestMemory, start: int, end: int) -> None:
-    while start < end:
-        count = min(len(_ZEROS), end - start)
-        memory.write(start, _ZEROS[:count])
-        start += count
-
-
-def _page_down(address: int) -> int:
-    return address - address % layout.PAGE_SIZE
-
-
-def _page_up(address: int) -> int:
-    return _page_down(address + layout.PAGE_SIZE - 1)
-
-
-def _mib(size: int) -> int:
-    return -(-size // layout.MiB)
+def _require_length(text: bytes, kernel_max: int | None) -> None:
+    area = layout.CMDLINE_MAX - 1
+    limit, who = area, "there is room for"
+    if kernel_max is not None and kernel_max < area:
+        limit, who = kernel_max, "this kernel takes"
+    if len(text) > limit:
+        raise ConfigError(f"payload.cmdline: has {len(text)} bytes; {who} {limit} at most")

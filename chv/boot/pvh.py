@@ -6,7 +6,7 @@ Source: Xen's xen/include/public/arch-x86/hvm/start_info.h, version 1 of the str
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from .. import layout
 from ..errors import ConfigError
@@ -22,8 +22,7 @@ _ENTRIES_MAX = layout.PAGE_SIZE // _ENTRY.size
 
 def write(
     memory: GuestMemory,
-    *,
-    memory_map: Iterable[tuple[int, int, int]],
+    memory_map: Sequence[tuple[int, int, int]],
     rsdp: int,
     module: tuple[int, int] | None,
 ) -> int:
@@ -31,12 +30,11 @@ def write(
 
     ``memory_map`` has (base, size, type), ``module`` is the (address, size) of the initramfs.
     """
-    entries = list(memory_map)
-    if len(entries) > _ENTRIES_MAX:
-        raise ConfigError(f"memory: a memory map of {len(entries)} entries; {_ENTRIES_MAX} have room")
+    if len(memory_map) > _ENTRIES_MAX:
+        raise ConfigError(f"memory map: has {len(memory_map)} entries; {_ENTRIES_MAX} have room")
     if module:
         memory.write(layout.PVH_MODLIST, _MODULE.pack(*module, 0, 0))
-    memory.write(layout.PVH_MEMMAP, b"".join(_ENTRY.pack(*entry, 0) for entry in entries))
+    memory.write(layout.PVH_MEMMAP, b"".join(_ENTRY.pack(*entry, 0) for entry in memory_map))
     start_info = _START_INFO.pack(
         MAGIC,
         _VERSION,
@@ -46,7 +44,7 @@ def write(
         layout.CMDLINE,
         rsdp,
         layout.PVH_MEMMAP,
-        len(entries),
+        len(memory_map),
         0,
     )
     memory.write(layout.PVH_START_INFO, start_info)
