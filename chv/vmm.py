@@ -68,7 +68,8 @@ def error_chain(error: BaseException) -> list[str]:
         text = str(link)
         if not isinstance(link, (Error, OSError)):
             text = f"{type(link).__name__}: {text}"
-        if not messages or text not in messages[-1]:
+        told = isinstance(link, OSError) and link.strerror and messages and link.strerror in messages[-1]
+        if not told and (not messages or text not in messages[-1]):
             messages.append(text)
         link = link.__cause__
     return messages

@@ -138,9 +138,9 @@ class Client:
                 verb, self._root + endpoint, data=body, headers=headers, timeout=self.timeout
             )
         except requests.Timeout as error:
-            raise ConnectionFailed(f"{self.socket_path}: no answer to {endpoint} in time") from error
+            raise ConnectionFailed(f"{self.socket_path}: no answer to {endpoint} in time") from None
         except requests.ConnectionError as error:
-            raise ConnectionFailed(f"{self.socket_path}: {_reason(error)}") from error
+            raise ConnectionFailed(f"{self.socket_path}: {_reason(error)}") from None
         if answer.status_code >= 400:
             raise ApiError(answer.status_code, _messages(answer))
         return answer

@@ -18,7 +18,6 @@ MAX_PHYS_BITS = 52  # and at most 52 (Intel SDM volume 3, section 4.1.4)
 
 # Fields that chv knows and has not built: refused unless they have their default (or are empty).
 NOT_BUILT: dict[str, str] = {
-    "payload.firmware": "booting firmware",
     "payload.igvm": "booting an IGVM file",
     "payload.host_data": "host data for confidential VMs",
     "payload.fw_cfg_config": "fw_cfg",
