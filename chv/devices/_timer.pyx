@@ -19,9 +19,11 @@ cdef extern from *:
 
 cdef enum:
     NS = 1000000000
+    HZ = 3579545
 
-FREQUENCY = 3579545
+FREQUENCY = HZ
 """Counts per second."""
+
 
 cdef int64_t now_ns() noexcept nogil:
     cdef timespec t
@@ -37,7 +39,7 @@ cdef int64_t elapsed_ns(pm_timer *timer) noexcept nogil:
 cdef int timer_read(void *ctx, uint64_t offset, uint32_t size, uint8_t *data) noexcept nogil:
     cdef uint64_t elapsed = <uint64_t>elapsed_ns(<pm_timer *>ctx)
     # Seconds and the rest apart: the product of nanoseconds and frequency leaves 64 bits after 43 minutes.
-    cdef uint64_t count = elapsed // NS * 3579545 + elapsed % NS * 3579545 // NS
+    cdef uint64_t count = elapsed // NS * HZ + elapsed % NS * HZ // NS
     memset(data, 0, size)
     if offset < 4:
         memcpy(data, <uint8_t *>&count + offset, min(size, <uint32_t>(4 - offset)))

@@ -323,7 +323,7 @@ class Cmos:
             self._serve_interrupts()
 
     def save(self) -> dict[str, Any]:
-        """``offset_ns``: guest's time minus host's; ``held_ns``: guest's time if it stands still, else None."""
+        """``offset_ns``: guest's time minus host's; ``held_ns``: guest's time if it stands still."""
         with self._lock:
             self._collect_flags()
             held = None if self._held is None else round(self._held * 1e9)
