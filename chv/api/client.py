@@ -137,7 +137,7 @@ class Client:
             answer: requests.Response = self._session.request(
                 verb, self._root + endpoint, data=body, headers=headers, timeout=self.timeout
             )
-        except requests.Timeout as error:
+        except requests.Timeout:
             raise ConnectionFailed(f"{self.socket_path}: no answer to {endpoint} in time") from None
         except requests.ConnectionError as error:
             raise ConnectionFailed(f"{self.socket_path}: {_reason(error)}") from None

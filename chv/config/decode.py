@@ -155,7 +155,7 @@ def _explain(message: str, plain: Any, kind: Any, whole: str) -> str:
 
 
 def _explain_unknown(field: str, path: str, kind: Any) -> str:
-    known = _fields(_type_at(kind, path))
+    known = _fields(type_at(kind, path))
     listed = nearest(field, known) or (f" (known: {', '.join(known)})" if known else "")
     return f"{_join(path, field)}: unknown field{listed}"
 
@@ -185,7 +185,7 @@ def _value_at(plain: Any, path: str) -> Any:
     return plain
 
 
-def _type_at(kind: Any, path: str) -> Any:
+def type_at(kind: Any, path: str) -> Any:
     """msgspec's description of the type at ``path``."""
     found = _not_null(msgspec.inspect.type_info(kind))
     for step in _steps(path):
@@ -215,5 +215,5 @@ def _fields(found: Any) -> list[str]:
 
 
 def _choices(kind: Any, path: str) -> list[str]:
-    found = _type_at(kind, path)
+    found = type_at(kind, path)
     return [str(one.value) for one in found.cls] if isinstance(found, msgspec.inspect.EnumType) else []
