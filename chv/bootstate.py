@@ -7,7 +7,7 @@ boot protocol), Intel SDM vol. 3A 3.4.5 (segment descriptors) and 4.5 (4-level p
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import layout
 
@@ -34,7 +34,7 @@ _PAGE_HUGE = 0x80
 
 
 def enter(vcpu: Vcpu, memory: GuestMemory, entry: EntryPoint) -> None:
-    """Make ``vcpu`` start at ``entry``: registers, segments, and for 64-bit entry page tables in ``memory``."""
+    """Make ``vcpu`` start at ``entry``: registers, segments, for 64-bit entry page tables in ``memory``."""
     long_mode = entry.protocol == "linux64"
     # The 32-bit Linux protocol wants its segments at 0x10 and 0x18; the others take any.
     first = 2 if entry.protocol == "linux32" else 1
@@ -58,7 +58,7 @@ def enter(vcpu: Vcpu, memory: GuestMemory, entry: EntryPoint) -> None:
     vcpu.kvm.set_mp_state("runnable")
 
 
-def _segment(index: int, limit: int, kind: dict[str, int]) -> dict[str, Any]:
+def _segment(index: int, limit: int, kind: dict[str, int]) -> dict[str, int]:
     return {
         "base": 0,
         "limit": limit,
@@ -72,7 +72,7 @@ def _segment(index: int, limit: int, kind: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _descriptor(segment: dict[str, Any]) -> int:
+def _descriptor(segment: dict[str, int]) -> int:
     """The 8 bytes of the GDT that load as ``segment``."""
     limit = segment["limit"] >> 12 if segment["g"] else segment["limit"]
     access = segment["type"] | segment["s"] << 4 | segment["dpl"] << 5 | segment["present"] << 7

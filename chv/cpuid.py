@@ -44,7 +44,9 @@ class Topology:
         parts = [self.threads_per_core, self.cores_per_die, self.dies_per_package, self.packages]
         while len(parts) > 1 and parts[-1] == 1:
             parts.pop()
-        for name, count in zip(("threads per core", "cores per die", "dies per package"), parts[:-1], strict=False):
+        for name, count in zip(
+            ("threads per core", "cores per die", "dies per package"), parts[:-1], strict=False
+        ):
             if count & (count - 1):
                 raise ConfigError(
                     f"cpus.topology: {count} {name} is not a power of two; allowed only in the outermost part"

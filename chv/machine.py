@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import bootstate, exits, layout
-from ._bus import Bus, Handler, SlotNames
+from ._bus import Bus, SlotNames
 from ._kvm import Kvm, KvmVm
-from ._kvmrun import install_kick_handler
+from ._kvmrun import install_kick_handler, ticks
 from .acpi.ged import Ged
 from .acpi.machine import machine_tables
 from .acpi.power import PowerRegisters
@@ -31,6 +31,7 @@ from .interrupts import Irq
 from .vcpu import Vcpu
 
 if TYPE_CHECKING:
+    from ._bus import Handler
     from .boot import Payload
     from .config import CpusConfig
     from .devices.serial import SerialPort
@@ -87,6 +88,7 @@ class Machine:
         self._vcpus: dict[int, Vcpu] = {}
         self._paused = False
         self._clock = 0
+        self._paused_at = 0  # host TSC
         self._stack = contextlib.ExitStack()
         install_kick_handler()
         with contextlib.ExitStack() as stack:
@@ -147,7 +149,7 @@ class Machine:
             (self.pio if r.space == "pio" else self.mmio).add(r.base, r.size, r.handler, r.name)
 
     def load(self, payload: Payload) -> None:
-        """Put kernel, boot information and ACPI tables into memory and make the boot vCPU enter the kernel."""
+        """Put kernel, boot information and ACPI tables into memory; the boot vCPU will enter the kernel."""
         present = self.hotplug.present_count
         tables = machine_tables(present=present, maximum=self.maximum, serial=self._serial is not None)
         entry = payload.place(self.memory, rsdp=tables.rsdp)
@@ -177,10 +179,17 @@ class Machine:
         for vcpu in list(self._vcpus.values()):
             vcpu.kvm.notify_paused()
         self._clock = self._vm.clock()
+        self._paused_at = ticks()
         self.pm_timer.pause()
 
     def resume(self) -> None:
-        """Go on where :meth:`pause` stopped; kvmclock and PM timer go on with the value that they had."""
+        """Go on where :meth:`pause` stopped: TSC, kvmclock and PM timer have the value that they had."""
+        missed = ticks() - self._paused_at
+        for vcpu in list(self._vcpus.values()):
+            # A guest compares its clocks with each other, so none may run on alone.
+            offset = vcpu.kvm.tsc_offset()
+            if offset is not None:
+                vcpu.kvm.set_tsc_offset(offset - missed)
         self._vm.set_clock(self._clock)
         self.pm_timer.resume()
         self._paused = False
@@ -213,7 +222,7 @@ class Machine:
     # -- CPU hotplug -----------------------------------------------------------------------
 
     def add_vcpus(self, count: int) -> list[int]:
-        """Plug the ``count`` lowest absent vCPUs; returns their numbers. The guest is told by :meth:`notify`."""
+        """Plug the ``count`` lowest absent vCPUs; returns their numbers. The guest is not told yet."""
         added = [slot.index for slot in self.hotplug.slots if not slot.present][:count]
         for index in added:
             vcpu = self._vcpus.get(index)

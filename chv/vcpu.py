@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ._kvmrun import VcpuRun
+from ._kvmrun import KICK_SIGNAL, VcpuRun
+from .threads import leave_signals_to_main
 
 if TYPE_CHECKING:
     from ._bus import Bus
@@ -99,6 +100,7 @@ class Vcpu:
         self._thread.start()
 
     def _main(self) -> None:
+        leave_signals_to_main(keep=[KICK_SIGNAL])
         try:
             self._run_until_stopped()
         finally:
@@ -186,7 +188,7 @@ class Vcpu:
                 self._changed.notify_all()
 
     def online(self, timeout: float = 1.0) -> bool | None:
-        """Whether the guest runs this vCPU, as of :meth:`ask_online`; None when there was no answer in time."""
+        """Whether the guest runs this vCPU, as of :meth:`ask_online`; None: no answer in time."""
         with self._changed:
             if not self._changed.wait_for(lambda: not self._sample_wanted or not self._alive, timeout):
                 return None

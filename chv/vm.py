@@ -15,18 +15,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from . import exits, layout
-from ._bus import Handler, SlotNames
+from ._bus import SlotNames
 from .acpi.ged import Event
-from .config import ConsoleMode, VmConfig, VmState, make_config, to_plain, validate
+from .config import ConsoleMode, VmConfig, VmState, make_config, validate
 from .devices.backend import Backend, Fds, open_backend
 from .devices.serial import SerialPort
 from .errors import ConfigError, NotSupportedYet, ResizeError, ResizePending, StateError
 from .interrupts import Irq
 from .machine import Machine, Range
 from .memory import GuestMemory
+from .threads import leave_signals_to_main
 
 if TYPE_CHECKING:
+    from ._bus import Handler
     from .boot import Payload
+    from .cpu_hotplug import CpuSlot
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,25 @@ class VcpuState:
     ost: tuple[int, int] | None
     possible: bool = True
 
+    def to_dict(self) -> dict[str, Any]:
+        """The form that ``vm.info`` has it in."""
+        return {
+            "id": self.index,
+            "possible": self.possible,
+            "present": self.present,
+            "acknowledged": self.acknowledged,
+            "online": self.online,
+            "removing": self.removing,
+            "ost": None if self.ost is None else {"event": self.ost[0], "status": self.ost[1]},
+        }
+
+
+def _vcpu_state(slot: CpuSlot, online: bool | None) -> VcpuState:
+    report = None
+    if slot.ost_event is not None and slot.ost_status is not None:
+        report = (slot.ost_event, slot.ost_status)
+    return VcpuState(slot.index, slot.present, slot.acknowledged, online, slot.removal_pending, report)
+
 
 class VM:
     """A virtual machine.
@@ -82,7 +104,11 @@ class VM:
     """
 
     def __init__(
-        self, config: VmConfig | None = None, *, serial: str | dict[str, Any] | _HasFileno | None = None, **parts: Any
+        self,
+        config: VmConfig | None = None,
+        *,
+        serial: str | dict[str, Any] | _HasFileno | None = None,
+        **parts: Any,
     ) -> None:
         self._serial_object: _HasFileno | None = None
         if serial is not None and hasattr(serial, "fileno"):
@@ -91,7 +117,9 @@ class VM:
         elif serial is not None:
             parts["serial"] = serial
         if config is not None and parts:
-            raise ConfigError(f"config: given together with {', '.join(sorted(parts))}; only one way is allowed")
+            raise ConfigError(
+                f"config: given together with {', '.join(sorted(parts))}; only one way is allowed"
+            )
         self.config = config if config is not None else make_config(**parts)
         self._state = VmState.CREATED
         self._deleted = False
@@ -106,7 +134,9 @@ class VM:
         self._ranges: list[Range] = []
         self._slots = SlotNames()
         self._past_exits: exits.Statistics = {}
-        self._events: queue.SimpleQueue[tuple[Machine, str, BaseException | None] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Machine, str, BaseException | None] | None] = (
+            queue.SimpleQueue()
+        )
         self._control: threading.Thread | None = None
         _open_vms.add(self)
 
@@ -166,15 +196,16 @@ class VM:
                 self._close_host_side()
                 raise
             if self._control is None:
-                self._control = threading.Thread(target=_control, args=(weakref.ref(self), self._events), daemon=True)
-                self._control.name = "vm-control"
+                self._control = threading.Thread(
+                    target=_control, args=(weakref.ref(self), self._events), name="vm-control", daemon=True
+                )
                 self._control.start()
             self._set_state(VmState.RUNNING)
 
     def pause(self) -> None:
         """Stop all vCPUs between two instructions; the guest's clock stands still until :meth:`resume`."""
         with self._lock:
-            self._check_running("pause", VmState.PAUSED)
+            self._check_running("pause")
             self._need_machine().pause()
             self._set_state(VmState.PAUSED)
 
@@ -197,13 +228,15 @@ class VM:
         with self._lock:
             self._check_not_deleted()
             if self._machine is None:
-                raise StateError(f"reboot: the VM is {self._state.value}; only a Running or Paused one can reboot")
+                raise StateError(
+                    f"reboot: the VM is {self._state.value}; only a Running or Paused one can reboot"
+                )
             self._reset()
 
     def power_button(self) -> None:
         """Press the power button; a guest that listens shuts down."""
         with self._lock:
-            self._check_running("power-button", VmState.RUNNING)
+            self._check_running("power-button")
             self._need_machine().ged.notify(Event.POWER_BUTTON)
 
     def delete(self) -> None:
@@ -249,7 +282,7 @@ class VM:
         return done
 
     def wait_for(self, condition: Callable[[VM], object], timeout: float | None = None) -> bool:
-        """Until ``condition(vm)`` is true, looking every 50 ms; False when ``timeout`` seconds went by first."""
+        """Until ``condition(vm)`` is true, looking every 50 ms; False when ``timeout`` seconds went by."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not condition(self):
             if deadline is not None and time.monotonic() >= deadline:
@@ -286,7 +319,9 @@ class VM:
     def _resize_vcpus(self, desired: int) -> None:
         maximum = self.config.cpus.max_vcpus
         if isinstance(desired, bool) or not isinstance(desired, int) or not 1 <= desired <= maximum:
-            raise ResizeError(f"desired_vcpus: {desired} is not possible; allowed are 1 to {maximum} (cpus.max_vcpus)")
+            raise ResizeError(
+                f"desired_vcpus: {desired} is not possible; allowed are 1 to {maximum} (cpus.max_vcpus)"
+            )
         machine = self._machine
         if machine is None:
             self.config.cpus.boot_vcpus = desired
@@ -315,55 +350,35 @@ class VM:
         with self._lock:
             machine = self._machine
             if machine is None:
-                boot = self.config.cpus.boot_vcpus
-                return [VcpuState(i, i < boot, False, False, False, None) for i in range(self.config.cpus.max_vcpus)]
+                boot, maximum = self.config.cpus.boot_vcpus, self.config.cpus.max_vcpus
+                return [VcpuState(i, i < boot, False, False, False, None) for i in range(maximum)]
             online = machine.online()
-            return [
-                VcpuState(
-                    slot.index,
-                    slot.present,
-                    slot.acknowledged,
-                    online.get(slot.index, False),
-                    slot.removal_pending,
-                    None if slot.ost_event is None or slot.ost_status is None else (slot.ost_event, slot.ost_status),
-                )
-                for slot in machine.hotplug.slots
-            ]
+            return [_vcpu_state(slot, online.get(slot.index, False)) for slot in machine.hotplug.slots]
 
     @property
     def info(self) -> dict[str, Any]:
-        """What ``vm.info`` of the REST API answers, with ``vcpus`` and ``hotplug`` beside Cloud Hypervisor's keys.
+        """What ``vm.info`` of the REST API answers.
 
-        ``hotplug`` says what a resize still waits for: vCPUs that the guest has not acknowledged,
-        not given back, or refused to give back.
+        Beside Cloud Hypervisor's keys: ``vcpus``, a dict for each possible one, and ``hotplug``, which
+        says what a resize still waits for: vCPUs that the guest has not acknowledged, not given back,
+        or refused to give back.
         """
         with self._lock:
             cpus = self.cpus
-            vcpus = [
-                {
-                    "id": cpu.index,
-                    "possible": cpu.possible,
-                    "present": cpu.present,
-                    "acknowledged": cpu.acknowledged,
-                    "online": cpu.online,
-                    "removing": cpu.removing,
-                    "ost": None if cpu.ost is None else {"event": cpu.ost[0], "status": cpu.ost[1]},
-                }
-                for cpu in cpus
-            ]
             machine = self._machine
+            slots = [] if machine is None else machine.hotplug.slots
             hotplug = {
                 "desired_vcpus": self.config.cpus.boot_vcpus,
                 "present_vcpus": sum(cpu.present for cpu in cpus),
-                "not_acknowledged": [c.index for c in cpus if machine and c.present and not c.acknowledged],
-                "removal_pending": [c.index for c in cpus if c.removing],
-                "removal_refused": [] if machine is None else [s.index for s in machine.hotplug.slots if s.refused],
+                "not_acknowledged": [s.index for s in slots if s.present and not s.acknowledged],
+                "removal_pending": [s.index for s in slots if s.removal_pending],
+                "removal_refused": [s.index for s in slots if s.refused],
             }
             return {
-                "config": to_plain(self.config),
+                "config": self.config.to_dict(),
                 "state": self._state.value,
                 "memory_actual_size": self.config.memory.size,
-                "vcpus": vcpus,
+                "vcpus": [cpu.to_dict() for cpu in cpus],
                 "hotplug": hotplug,
             }
 
@@ -536,7 +551,7 @@ class VM:
         if self._deleted:
             raise StateError("the VM was deleted")
 
-    def _check_running(self, action: str, target: VmState) -> None:
+    def _check_running(self, action: str) -> None:
         self._check_not_deleted()
         if self._state is not VmState.RUNNING:
             raise StateError(f"{action}: the VM is {self._state.value}; allowed is Running")
@@ -552,6 +567,7 @@ def _control(
     reference: weakref.ref[VM], events: queue.SimpleQueue[tuple[Machine, str, BaseException | None] | None]
 ) -> None:
     """Carry out what guests ask for: a vCPU's thread cannot stop itself."""
+    leave_signals_to_main()
     delay: float | None = None
     while True:
         try:
