@@ -48,7 +48,7 @@ class Cache:
             )
 
     def open(self, compressed: Compressed, name: str) -> FileSource | None:
-        """The unpacked form of ``compressed``, if it is here and whole; ``name`` is the kernel's in messages."""
+        """The unpacked form of ``compressed``, if it is here and whole; ``name`` is for messages."""
         path = self._path(compressed)
         if not path.exists():
             return None

@@ -155,10 +155,6 @@ def _lz4_blocks(data: memoryview) -> Iterator[memoryview]:
 
 
 def _lzo(data: memoryview, size: int) -> Buffer:
-    try:
-        import lzo  # type: ignore[import-not-found, unused-ignore]  # python-lzo: optional, seldom installed
-    except ImportError as error:
-        raise NoLibrary("python-lzo is not installed") from error
     unpacked = bytearray()
     for block in lzop.blocks(data):
         if block.size > size - len(unpacked):
@@ -166,10 +162,19 @@ def _lzo(data: memoryview, size: int) -> Buffer:
         if block.size == len(block.data):
             unpacked += block.data
             continue
-        try:
-            unpacked += lzo.decompress(bytes(block.data), False, block.size)
-        except lzo.error as error:
-            raise UnpackError(f"its lzo data are damaged ({error})") from error
+        unpacked += _lzo_block(block)
+    return unpacked
+
+
+def _lzo_block(block: lzop.Block) -> bytes:
+    try:
+        import lzo  # type: ignore[import-not-found, unused-ignore]  # python-lzo: optional, seldom installed
+    except ImportError as error:
+        raise NoLibrary("python-lzo is not installed") from error
+    try:
+        unpacked: bytes = lzo.decompress(bytes(block.data), False, block.size)
+    except lzo.error as error:
+        raise UnpackError(f"its lzo data are damaged ({error})") from error
     return unpacked
 
 

@@ -58,7 +58,9 @@ class Elf:
     segments: tuple[Segment, ...]  # by address, not overlapping
     entry: int
     pvh_entry: int | None
-    is_linux: bool
+    is_64bit: bool
+    is_program: bool  # has thread-local storage
+    is_linux: bool  # says so in a note
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +99,35 @@ def parse(source: Source) -> Elf:
         if owner == b"Xen" and kind == _XEN_PHYS32_ENTRY:
             pvh_entry = _pvh_entry(source, value)
         is_linux |= owner == b"Linux" or (owner == b"Xen" and kind == _XEN_GUEST_OS and value == b"linux\0")
-    if pvh_entry is None:
-        _check_64bit_entry(source, shape, machine, entry, headers)
-    start = entry if pvh_entry is None else pvh_entry
-    if not any(s.address <= start < s.end for s in segments):
-        raise ImageError(f"{source.name}: the entry point {start:#x} lies in none of its segments")
-    return Elf(segments, entry, pvh_entry, is_linux)
+    if pvh_entry is not None:
+        _require_loaded(source, segments, pvh_entry)
+    return Elf(
+        segments=segments,
+        entry=entry,
+        pvh_entry=pvh_entry,
+        is_64bit=shape.bits == 64 and machine == _EM_X86_64,
+        is_program=any(header["type"] == _PT_TLS for header in headers),
+        is_linux=is_linux,
+    )
 
 
-def _check_64bit_entry(
-    source: Source, shape: _Shape, machine: int, entry: int, headers: list[dict[str, int]]
-) -> None:
-    """Without a PVH note, the file must be enterable the 64-bit way."""
-    if any(header["type"] == _PT_TLS for header in headers):
+def check_64bit_entry(source: Source, image: Elf) -> None:
+    """Raise :class:`chv.errors.ImageError` unless ``image`` can be entered without a PVH note."""
+    if image.is_program:
         raise ImageError(f"{source.name}: is a program for a running Linux, not a kernel or firmware")
-    if shape.bits != 64 or machine != _EM_X86_64:
+    if not image.is_64bit:
         raise ImageError(f"{source.name}: has no PVH note, without which only 64-bit code can be entered")
-    if entry >= _LINUX64_ENTRY_END:
+    if image.entry >= _LINUX64_ENTRY_END:
         raise ImageError(
-            f"{source.name}: has no PVH note, and its entry point {entry:#x} is above {_LINUX64_ENTRY_END:#x}"
+            f"{source.name}: has no PVH note, and its entry point {image.entry:#x} "
+            f"is above {_LINUX64_ENTRY_END:#x}"
         )
+    _require_loaded(source, image.segments, image.entry)
+
+
+def _require_loaded(source: Source, segments: tuple[Segment, ...], entry: int) -> None:
+    if not any(s.address <= entry < s.end for s in segments):
+        raise ImageError(f"{source.name}: the entry point {entry:#x} lies in none of its segments")
 
 
 def _shape(source: Source) -> tuple[_Shape, int]:

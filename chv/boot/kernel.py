@@ -113,6 +113,8 @@ def open_kernel(
     head = file.read(0, min(file.size, identify.HEAD))
     if head.startswith(elf.MAGIC):
         image = elf.parse(file)
+        if image.pvh_entry is None:
+            elf.check_64bit_entry(file, image)
         return ElfKernel(file, image), linux.COMMAND_LINE_MAX if image.is_linux else None
     if not bzimage.is_bzimage(head):
         raise ImageError(
