@@ -207,12 +207,12 @@ cdef class KvmVm(_Fd):
             request.flags |= KVM_IOEVENTFD_FLAG_DEASSIGN
         call(self.fd, KVM_IOEVENTFD, &request, "KVM_IOEVENTFD")
 
-    def clock(self) -> int:
-        """The guest's kvmclock in nanoseconds."""
+    def clock(self) -> tuple:
+        """(the guest's kvmclock in nanoseconds, the host's TSC at that instant, or None if it does not say)."""
         cdef kvm_clock_data data
         memset(&data, 0, sizeof(data))
         call(self.fd, KVM_GET_CLOCK, &data, "KVM_GET_CLOCK")
-        return data.clock
+        return data.clock, data.host_tsc if data.flags & KVM_CLOCK_HOST_TSC else None
 
     def set_clock(self, nanoseconds: int) -> None:
         cdef kvm_clock_data data
@@ -375,6 +375,10 @@ cdef class KvmVcpu(_Fd):
                 raise
             return False
         return True
+
+    def tsc_khz(self) -> int:
+        """How fast the guest's TSC counts, in kHz."""
+        return call_value(self.fd, KVM_GET_TSC_KHZ, 0, "KVM_GET_TSC_KHZ")
 
     def tsc_offset(self) -> int | None:
         """What KVM adds to the host's TSC for this vCPU; None where the host cannot tell."""

@@ -90,11 +90,6 @@ _first_ticks = chv_ticks()
 _first_time = time.monotonic_ns()
 
 
-def ticks() -> int:
-    """The processor's time stamp counter, in which the statistics count."""
-    return chv_ticks()
-
-
 def nanoseconds_per_tick() -> float:
     """What one tick of the statistics lasts, measured since this module was imported."""
     elapsed = time.monotonic_ns() - _first_time

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from . import bootstate, exits, layout
 from ._bus import Bus, SlotNames
 from ._kvm import Kvm, KvmVm
-from ._kvmrun import install_kick_handler, ticks
+from ._kvmrun import install_kick_handler
 from .acpi.ged import Ged
 from .acpi.machine import machine_tables
 from .acpi.power import PowerRegisters
@@ -88,7 +88,7 @@ class Machine:
         self._vcpus: dict[int, Vcpu] = {}
         self._paused = False
         self._clock = 0
-        self._paused_at = 0  # host TSC
+        self._clock_tsc: int | None = None
         self._stack = contextlib.ExitStack()
         install_kick_handler()
         with contextlib.ExitStack() as stack:
@@ -178,23 +178,32 @@ class Machine:
             vcpu.wait_parked()
         for vcpu in list(self._vcpus.values()):
             vcpu.kvm.notify_paused()
-        self._clock = self._vm.clock()
-        self._paused_at = ticks()
+        self._clock, self._clock_tsc = self._vm.clock()
         self.pm_timer.pause()
 
     def resume(self) -> None:
         """Go on where :meth:`pause` stopped: TSC, kvmclock and PM timer have the value that they had."""
-        missed = ticks() - self._paused_at
-        for vcpu in list(self._vcpus.values()):
-            # A guest compares its clocks with each other, so none may run on alone.
-            offset = vcpu.kvm.tsc_offset()
-            if offset is not None:
-                vcpu.kvm.set_tsc_offset(offset - missed)
         self._vm.set_clock(self._clock)
+        self._turn_tsc_back()
         self.pm_timer.resume()
         self._paused = False
         for vcpu in list(self._vcpus.values()):
             vcpu.resume()
+
+    def _turn_tsc_back(self) -> None:
+        """Take from the TSCs what went by in the pause: a guest compares them with its kvmclock.
+
+        The host must tell which TSC belongs to a kvmclock (Linux 5.16 and later); else they run on.
+        """
+        clock, tsc = self._vm.clock()
+        if tsc is None or self._clock_tsc is None:
+            return
+        khz = self._vcpus[0].kvm.tsc_khz()
+        missed = tsc - self._clock_tsc - (clock - self._clock) * khz // 1_000_000
+        for vcpu in list(self._vcpus.values()):
+            offset = vcpu.kvm.tsc_offset()
+            if offset is not None:
+                vcpu.kvm.set_tsc_offset(offset - missed)
 
     def _freeze(self) -> None:
         for vcpu in list(self._vcpus.values()):
