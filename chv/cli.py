@@ -9,6 +9,7 @@ argparse refuses.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,8 @@ def as_option(message: str) -> str:
 
 def _plain_name(field: str, option: str) -> bool:
     """Whether naming ``field`` beside ``option`` would only repeat it."""
-    return field.partition("[")[0].replace("_", "-").rstrip("s") == option.removeprefix("--").rstrip("s")
+    name = re.sub(r"\[[0-9]+\]$", "", field)
+    return name.replace("_", "-").rstrip("s") == option.removeprefix("--").rstrip("s")
 
 
 def _option_of(field: str) -> str:

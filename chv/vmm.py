@@ -265,7 +265,7 @@ class Vmm:
                 return  # it was ended from here
             if failure is None:
                 log.info("the guest has shut down")
-            else:
+            elif self.no_shutdown:  # otherwise wait() raises it
                 log.error("the guest failed: %s", ": ".join(error_chain(failure)))
             if not self.no_shutdown:
                 self._failure = failure

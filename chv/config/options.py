@@ -28,7 +28,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """``; did you mean "boot"?``, or nothing where no known word is like ``word``."""
     from difflib import get_close_matches
 
-    matches = get_close_matches(word, list(known), n=1)
+    words = list(known)
+    matches = get_close_matches(word, words, n=1)
+    if not matches:  # "vcpus" is near a part of "desired_vcpus"
+        matches = [one for one in words if get_close_matches(word, one.split("_"), n=1, cutoff=0.75)]
     return f'; did you mean "{matches[0]}"?' if matches else ""
 
 
