@@ -7,10 +7,14 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 
 HEADER = 36
+
+MemoryAccess: TypeAlias = tuple[str, int, int, int]
+"""("r" or "w", address, bytes, value)"""
 
 
 def tool(name: str) -> str:
@@ -66,9 +70,12 @@ class Acpiexec:
             self.files.append(str(path))
 
     def __call__(self, *commands: str, options: tuple[str, ...] = ()) -> str:
-        """What acpiexec printed, which had no error in it."""
+        """What acpiexec printed, which had no error in it. It takes 1023 characters of commands.
+
+        -dt: the tracking of allocations would take most of its time.
+        """
         run = subprocess.run(
-            [tool("acpiexec"), *options, "-b", ";".join(commands), *self.files],
+            [tool("acpiexec"), "-dt", *options, "-b", ";".join(commands), *self.files],
             capture_output=True,
             text=True,
             timeout=120,
@@ -78,6 +85,13 @@ class Acpiexec:
         assert run.returncode == 0, output
         assert not re.search(r"ACPI (BIOS )?(Error|Warning)|AE_[A-Z_]+|Could not", output), output
         return output
+
+    def trace(self, *commands: str) -> list[str]:
+        """What was printed for each of the objects evaluated, accesses to memory included."""
+        output = self(*(f"evaluate {command}" for command in commands), options=("-di", "-vr", "-to", "5"))
+        blocks = output.split("\nEvaluating ")[1:]
+        assert len(blocks) == len(commands), output
+        return blocks
 
     def evaluate(self, *commands: str) -> list[int | bytes | list[int]]:
         """The objects that the commands returned, in order: integers, buffers, packages of integers."""
@@ -103,3 +117,13 @@ def notifications(output: str) -> list[tuple[str, int]]:
     """(device, value) of each Notify that ran."""
     found = re.findall(r"Received a (?:System|Device) Notify on \[(\w+)\] \S+ Value 0x([0-9A-F]+)", output)
     return [(device, int(value, 16)) for device, value in found]
+
+
+def accesses(output: str) -> list[MemoryAccess]:
+    """Each access to memory that ``-vr`` printed, in order."""
+    found = re.findall(
+        r"SystemMemory (Read |Write): Val ([0-9A-F]+) Addr ([0-9A-F]+) BitWidth ([0-9A-F]+)", output
+    )
+    return [
+        (kind[0].lower(), int(at, 16), int(bits, 16) // 8, int(value, 16)) for kind, value, at, bits in found
+    ]
