@@ -284,7 +284,7 @@ def _resize_config(config: VmConfig, vcpus: int | None, ram: int | None, balloon
         raise NotSupportedYet("desired_balloon: the balloon: chv does not support this yet")
     most = config.cpus.max_vcpus
     if vcpus is not None and not 1 <= vcpus <= most:
-        raise ResizeError(f"desired_vcpus: {vcpus} is not in 1..{most} (cpus.max_vcpus)")
+        raise ResizeError(f"desired_vcpus: {vcpus} is not possible; allowed are 1 to {most} (cpus.max_vcpus)")
     if ram is not None:
         try:
             check_memory_size(ram, "desired_ram")

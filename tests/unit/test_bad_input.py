@@ -216,8 +216,8 @@ RESIZES: list[tuple[str, int, str]] = [
     ('{"vcpus": 8}', 400, 'vcpus: unknown field; did you mean "desired_vcpus"?'),
     ('{"desired_vcpus": "8"}', 400, 'desired_vcpus: expected a whole number or null, got a string ("8")'),
     ('{"desired_vcpus": -1}', 400, "desired_vcpus: -1 is less than the least allowed, 0"),
-    ('{"desired_vcpus": 0}', 500, "desired_vcpus: 0 is not in 1..8 (cpus.max_vcpus)"),
-    ('{"desired_vcpus": 9}', 500, "desired_vcpus: 9 is not in 1..8 (cpus.max_vcpus)"),
+    ('{"desired_vcpus": 0}', 500, "desired_vcpus: 0 is not possible; allowed are 1 to 8 (cpus.max_vcpus)"),
+    ('{"desired_vcpus": 9}', 500, "desired_vcpus: 9 is not possible; allowed are 1 to 8 (cpus.max_vcpus)"),
     ('{"desired_ram": 5000}', 500, "desired_ram: 5000 is not a positive multiple of 4096 bytes"),
     ('{"desired_balloon": 4096}', 400, "desired_balloon: the balloon: chv does not support this yet"),
 ]
