@@ -36,6 +36,7 @@ cdef struct bus_range:
     uint32_t slot
 
 cdef struct bus_table:
+    bus_table *older      # the table that this one took the place of; it lives as long as the bus
     uint32_t count
     bus_range ranges[1]
 
@@ -62,7 +63,6 @@ cdef class Bus:
     cdef uint64_t limit
     cdef object slots
     cdef list entries
-    cdef list retired
     cdef dict handlers
     cdef int _access(self, uint64_t address, uint32_t size, uint8_t *data, bint is_write) except? -1
     cdef bus_range *find(self, uint64_t address, uint64_t size, uint32_t *hint) noexcept nogil

@@ -9,6 +9,8 @@ from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from typing import Protocol
+
 from .errors import BusError, DeviceError
 
 cdef extern from *:
@@ -16,6 +18,19 @@ cdef extern from *:
     static inline int chv_msb(unsigned long long v) { return 63 - __builtin_clzll(v); }
     """
     int chv_msb(unsigned long long v) noexcept nogil
+
+
+class Handler(Protocol):
+    """What a device written in Python has: one range's registers.
+
+    An access lies wholly in the range; ``offset`` counts from its start, ``size`` is 1, 2, 4 or 8.
+    """
+
+    def read(self, offset: int, size: int) -> int:
+        """What the guest reads: from 0 to 2 ** (8 * size) - 1."""
+
+    def write(self, offset: int, size: int, value: int) -> object:
+        """Take what the guest writes; what is returned does not matter."""
 
 
 cdef class CDevice:
@@ -82,16 +97,17 @@ cdef class Bus:
         self.name = name
         self.limit = limit
         self.entries = []
-        self.retired = []
         self.handlers = {}
         self.slots = slots
         self.table = _build(self.entries)
 
     def __dealloc__(self):
-        cdef object address
-        for address in self.retired:
-            PyMem_RawFree(<void *><size_t>address)
-        PyMem_RawFree(self.table)
+        # Only C data here: a bus that goes with a reference cycle has lost its Python attributes.
+        cdef bus_table *older
+        while self.table is not NULL:
+            older = self.table.older
+            PyMem_RawFree(self.table)
+            self.table = older
 
     def add(self, base: int, size: int, handler: object, name: str = "") -> None:
         """Claim ``size`` bytes from ``base`` for ``handler``.
@@ -102,7 +118,8 @@ cdef class Bus:
         """
         label = name or type(handler).__name__
         top = self.limit or 1 << 64
-        if size <= 0 or base < 0 or base + size > top:
+        # A size of 2**64 does not fit a table's entry.
+        if size <= 0 or base < 0 or base + size > top or size >> 64:
             raise BusError(
                 f"{label}: range {base:#x}+{size:#x} does not lie in the {self.name} space (0 to {top - 1:#x})")
         for other in self.entries:
@@ -155,12 +172,12 @@ cdef class Bus:
     def _publish(self, entries):
         # Another thread may be searching the old table without the GIL, so it is kept; the
         # machine's ranges change rarely (a BAR that moves), and all go with the bus.
-        old = self.table
-        self.table = _build(entries)
-        self.retired.append(<size_t>old)
+        cdef bus_table *table = _build(entries)
+        table.older = self.table
         # Handlers stay alive as long as the bus: a call may be under way.
         self.handlers.update((id(entry[2]), entry[2]) for entry in entries)
         self.entries = entries
+        self.table = table
 
     cdef bus_range *find(self, uint64_t address, uint64_t size, uint32_t *hint) noexcept nogil:
         cdef bus_table *table = self.table
@@ -228,7 +245,7 @@ cdef int _python_access(object handler, uint64_t offset, uint32_t size, uint8_t 
             if not isinstance(result, int) or result < 0 or result >> (8 * size):
                 raise DeviceError(
                     f"{type(handler).__name__}.read({offset:#x}, {size}) returned {result!r}; "
-                    f"allowed is an integer from 0 to {(1 << (8 * size)) - 1:#x}")
+                    f"allowed is an integer from 0 to {(~<uint64_t>0) >> (64 - 8 * size):#x}")
             value = result
             memcpy(data, &value, size)
     except BaseException as exception:
