@@ -20,6 +20,9 @@ cdef enum:
     MAX_CPUID = 256
     MAX_MSRS = 1024
 
+# function, index, flags, eax, ebx, ecx, edx
+CpuidEntry = tuple[int, int, int, int, int, int, int]
+
 CAPABILITIES = {
     "IRQCHIP": KVM_CAP_IRQCHIP,
     "USER_MEMORY": KVM_CAP_USER_MEMORY,
@@ -97,7 +100,11 @@ cdef class Kvm(_Fd):
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise KvmError(error.errno, f"{path}: {error.strerror}; chv needs read and write access to it") from None
-        version = call_value(self.fd, KVM_GET_API_VERSION, 0, "KVM_GET_API_VERSION")
+        try:
+            version = call_value(self.fd, KVM_GET_API_VERSION, 0, "KVM_GET_API_VERSION")
+        except KvmError as error:
+            self.close()
+            raise KvmError(error.errno, f"{path} is not KVM: {error.strerror}") from None
         if version != KVM_API_VERSION:
             self.close()
             raise KvmError(0, f"{path}: KVM API version is {version}; chv needs {KVM_API_VERSION}")
