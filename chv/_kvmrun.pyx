@@ -5,7 +5,6 @@ bus, then the handler, which only takes the GIL when it is a Python object.
 Layout of the shared area and meaning of each exit: the kernel's
 Documentation/virt/kvm/api.rst, section 5.
 """
-import mmap
 import os
 import signal
 import time
@@ -23,6 +22,12 @@ from .errors import KvmError
 
 cdef extern from "sys/ioctl.h" nogil:
     int ioctl(int fd, unsigned long request, ...)
+
+cdef extern from "sys/mman.h" nogil:
+    enum: PROT_READ, PROT_WRITE, MAP_SHARED
+    void *MAP_FAILED
+    void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
+    int munmap(void *address, size_t length)
 
 cdef extern from "pthread.h" nogil:
     ctypedef unsigned long pthread_t
@@ -111,8 +116,8 @@ cdef class VcpuRun:
     ``fd`` is the vCPU's descriptor, ``size`` the bytes of its shared area; ``pio`` and ``mmio`` are
     the buses that its accesses go to. One thread calls :meth:`run`; any thread may call :meth:`kick`.
     """
-    cdef object mapping
     cdef kvm_run *shared
+    cdef size_t size
     cdef int fd
     cdef readonly Bus pio
     cdef readonly Bus mmio
@@ -125,17 +130,22 @@ cdef class VcpuRun:
     cdef PyObject *error
 
     def __cinit__(self, int fd, size_t size, Bus pio, Bus mmio):
-        cdef uint8_t[::1] view
+        cdef void *shared
         memset(&self.stats, 0, sizeof(self.stats))
         self.error = NULL
         self.fd = fd
         self.pio = pio
         self.mmio = mmio
-        self.mapping = mmap.mmap(fd, size)
-        view = self.mapping
-        self.shared = <kvm_run *>&view[0]
+        # Not Python's mmap: it keeps a second descriptor of each vCPU.
+        shared = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        if shared == MAP_FAILED:
+            raise KvmError(errno, f"mapping a vCPU's shared area: {os.strerror(errno)}")
+        self.shared = <kvm_run *>shared
+        self.size = size
 
     def __dealloc__(self):
+        if self.shared is not NULL:
+            munmap(self.shared, self.size)
         stats_free(&self.stats)
         if self.error is not NULL:
             take_error(self.error)
@@ -144,8 +154,9 @@ cdef class VcpuRun:
         """Give the shared area back; the vCPU must not run any more."""
         if self.running:
             raise RuntimeError("the vCPU is running")
-        self.shared = NULL
-        self.mapping.close()
+        if self.shared is not NULL:
+            munmap(self.shared, self.size)
+            self.shared = NULL
 
     def run(self) -> str:
         """Run the guest until something ends it; returns a name of OUTCOMES.
@@ -157,6 +168,9 @@ cdef class VcpuRun:
         cdef int outcome
         if self.shared is NULL:
             raise RuntimeError("the vCPU is closed")
+        if self.error is not NULL:  # nobody took it
+            take_error(self.error)
+            self.error = NULL
         self.thread = pthread_self()
         self.running = True
         try:
