@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import layout
 from .errors import GuestCrash, GuestMemoryError, KvmError
 
 if TYPE_CHECKING:
@@ -76,10 +77,20 @@ def _code_line(vcpu: Vcpu, memory: GuestMemory, linear: int) -> str:
         return f"  code at {linear:#x}: not readable ({error})"
     if physical is None:
         return f"  code at {linear:#x}: not mapped"
-    for length in range(_CODE_BYTES, 0, -1):
-        try:
-            code = memory.read(physical, length)
-        except GuestMemoryError:
-            continue
-        return f"  code at {linear:#x} (physical {physical:#x}): {code.hex(' ')}"
-    return f"  code at {linear:#x} (physical {physical:#x}): not in RAM"
+    code = _page_part(memory, physical, _CODE_BYTES)
+    rest = _CODE_BYTES - len(code)
+    if code and rest and (linear + len(code)) % layout.PAGE_SIZE == 0:
+        # The next page may lie anywhere, or nowhere.
+        following = vcpu.kvm.translate((linear + len(code)) & (1 << 64) - 1)
+        if following is not None:
+            code += _page_part(memory, following, rest)
+    return f"  code at {linear:#x} (physical {physical:#x}): {code.hex(' ') or 'not in RAM'}"
+
+
+def _page_part(memory: GuestMemory, physical: int, length: int) -> bytes:
+    """Up to ``length`` bytes from ``physical`` to the end of its page; none if that is not RAM."""
+    length = min(length, layout.PAGE_SIZE - physical % layout.PAGE_SIZE)
+    try:
+        return memory.read(physical, length)
+    except GuestMemoryError:
+        return b""
