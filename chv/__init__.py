@@ -13,25 +13,28 @@
 
 from __future__ import annotations
 
-from .config import VmConfig, VmState, make_config
-from .errors import (
-    BusError,
-    ConfigError,
-    DeviceError,
-    Error,
-    GuestCrash,
-    GuestMemoryError,
-    ImageError,
-    KvmError,
-    NotCreated,
-    NotSupportedYet,
-    ResizeError,
-    ResizePending,
-    StateError,
-)
-from .vm import VM, VcpuState
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .config import VmConfig, VmState, make_config
+    from .errors import (
+        BusError,
+        ConfigError,
+        DeviceError,
+        Error,
+        GuestCrash,
+        GuestMemoryError,
+        ImageError,
+        KvmError,
+        NotCreated,
+        NotSupportedYet,
+        ResizeError,
+        ResizePending,
+        StateError,
+    )
+    from .vm import VM, VcpuState
 
 __all__ = [
     "VM",
@@ -54,3 +57,22 @@ __all__ = [
     "__version__",
     "make_config",
 ]
+
+_IN_CONFIG = {"VmConfig", "VmState", "make_config"}
+_IN_VM = {"VM", "VcpuState"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `chv --help` needs no machine."""
+    if name not in __all__:
+        raise AttributeError(f"module 'chv' has no attribute {name!r}")
+    from importlib import import_module
+
+    part = "config" if name in _IN_CONFIG else "vm" if name in _IN_VM else "errors"
+    value = getattr(import_module(f".{part}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -511,7 +511,7 @@ class VM:
             try:
                 self._carry_out(event, error)
             except Exception as failure:
-                log.error("%s: %s", event, failure)
+                log.debug("%s failed", event, exc_info=failure)
                 self._failure = failure
                 self._close_host_side()
                 self._set_state(VmState.SHUTDOWN)
@@ -522,7 +522,7 @@ class VM:
         elif event == "shutdown":
             self._power_off()
         else:
-            log.error("the VM stopped: %s", error)
+            log.debug("the VM stopped", exc_info=error)
             self._failure = error
             self._power_off()
 
