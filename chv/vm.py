@@ -106,6 +106,7 @@ class VM:
     def __init__(
         self,
         config: VmConfig | None = None,
+        /,
         *,
         serial: str | dict[str, Any] | _HasFileno | None = None,
         **parts: Any,
