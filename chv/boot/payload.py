@@ -36,7 +36,7 @@ class Payload:
         ``rsdp`` is where the ACPI root pointer will be; ``reserved`` are (base, size) ranges that the memory
         map lists as reserved. Raises :class:`chv.errors.ImageError` when something does not fit or a file
         was changed meanwhile, :class:`chv.errors.ConfigError` when the memory is too small to boot at all or
-        ``reserved`` overlaps it. Nothing is written before these checks.
+        ``reserved`` overlaps it. The memory is untouched when the kernel or the initramfs does not fit.
         """
         memory_map = room.memory_map(memory, reserved)
         kernel = self._kernel

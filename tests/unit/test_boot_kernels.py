@@ -86,11 +86,12 @@ def test_damaged_and_truncated(kernels: list[Path], tmp_path: Path) -> None:
         path.write_bytes(data[: len(data) // 2])
         with pytest.raises(ImageError, match="the file is truncated"):
             boot.prepare(path)
-        offset, length = struct.unpack_from("<II", data, 0x248)
-        middle = (data[0x1F1] + 1) * 512 + offset + length // 2
-        data[middle : middle + 64] = b"\xff" * 64
+        (offset,) = struct.unpack_from("<I", data, 0x248)
+        # Behind the magic number. lz4 has no checksum: damage farther on could pass for other data.
+        start = (data[0x1F1] + 1) * 512 + offset + 4
+        data[start : start + 64] = b"\xff" * 64
         path.write_bytes(data)
-        with pytest.raises(ImageError, match=r"data are damaged|unpack to|elsewhere|truncated"):
+        with pytest.raises(ImageError, match=r"data are damaged|ends beyond the data"):
             boot.prepare(path)
 
 

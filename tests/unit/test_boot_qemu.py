@@ -1,7 +1,8 @@
 """What was placed is entered by a real kernel: QEMU (without KVM) runs guest memory as chv left it.
 
-A ROM of a few instructions brings QEMU's processor into the state that chv gives its boot vCPU, so that all three
-boot protocols run on a machine without /dev/kvm. A program in the initramfs writes a line and reboots.
+A ROM of a few instructions brings QEMU's processor into the state that chv gives its boot vCPU, so that
+all three boot protocols run on a machine without /dev/kvm. A program in the initramfs writes a line and
+reboots.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def init_program() -> bytes:
 
 
 def cpio(name: str, data: bytes) -> bytes:
-    """An initramfs with one executable file (newc format: Linux, driver-api/early-userspace/buffer-format)."""
+    """An initramfs with one executable file (newc: Linux, early-userspace/buffer-format.rst)."""
 
     def entry(name: str, mode: int, data: bytes) -> bytes:
         fields = [1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0]
@@ -146,14 +147,10 @@ def run(payload: boot.Payload, folder: Path, protocol: str) -> str:
         return log.read().decode(errors="replace")
 
 
-# (boot protocol, how the kernel file is made from Debian's)
-FORMS = ["pvh", "linux32", "linux64"]
-
-
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="QEMU is not installed")
-@pytest.mark.parametrize("protocol", FORMS)
-def test_a_kernel_reads_what_was_placed(tmp_path: Path, protocol: str) -> None:
-    kernel = require_kernels()[-1]
+@pytest.mark.parametrize(("protocol", "which"), [("pvh", 0), ("pvh", -1), ("linux32", -1), ("linux64", -1)])
+def test_a_kernel_reads_what_was_placed(tmp_path: Path, protocol: str, which: int) -> None:
+    kernel = require_kernels()[which]
     initramfs = tmp_path / "initramfs"
     initramfs.write_bytes(cpio("init", init_program()))
     if protocol == "linux32":
