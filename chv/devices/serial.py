@@ -76,6 +76,7 @@ class SerialPort:
             self._clients.put(None)
             for thread in self._threads:
                 thread.join(_JOIN_PATIENCE)
+            self._threads.clear()
             self.backend.close()
 
     def _flush(self) -> None:
