@@ -67,13 +67,14 @@ fi
 
 # --- the virtual environment ------------------------------------------------------------
 
-python=${PYTHON:-$(tools/pythons.sh | head -n 1)}
-if [ -z "$python" ]; then
-    say "no Python 3.11 or newer found (python3, python3.NN, pyenv)"
-    exit 1
-fi
-wanted=$(cat pyproject.toml <("$python" -c 'import sys; print(sys.version, sys.executable)') | sha256sum)
-if [ "$(cat .venv/setup.stamp 2>/dev/null)" != "$wanted" ]; then
+# Not made again when another Python comes first in PATH: the stamp is about what is in it.
+wanted=$(cat pyproject.toml setup.py <(echo "${PYTHON-}") | sha256sum)
+if [ "$(cat .venv/setup.stamp 2>/dev/null)" != "$wanted" ] || ! .venv/bin/python -c '' 2>/dev/null; then
+    python=${PYTHON:-$(tools/pythons.sh | head -n 1)}
+    if [ -z "$python" ]; then
+        say "no Python 3.11 or newer found (python3, python3.NN, pyenv)"
+        exit 1
+    fi
     say "virtual environment .venv with $("$python" --version), and chv built into it"
     rm -rf .venv
     quietly "$python" -m venv .venv

@@ -244,7 +244,7 @@ class Console:
             piece = encoded[start : start + _PIECE]
             self.send(f"_chv_text={before}'{piece}'; printf '%s:%s.\\n' chv-{name} {number}\n")
             try:
-                self.wait_for(rf"^chv-{name}:{number}\.$", max(0.0, deadline - time.monotonic()))
+                self.wait_for(rf"chv-{name}:{number}\.", max(0.0, deadline - time.monotonic()))
             except ConsoleTimeout:
                 raise self._nothing(f"the shell to take {command[:60]!r}...", timeout) from None
         return '"$(printf %b "$_chv_text")"'
