@@ -421,7 +421,7 @@ class VM:
         config = self.config
         payload = config.payload
         assert payload is not None  # validated
-        self._memory = GuestMemory(config.memory.size)
+        self._memory = GuestMemory(config.memory.size, thp=config.memory.thp)
         self._payload = boot.prepare(
             kernel=payload.kernel,
             firmware=payload.firmware,
@@ -447,6 +447,8 @@ class VM:
         with contextlib.ExitStack() as stack:
             if self._memory is not None:
                 stack.callback(self._memory.close)
+            if self._payload is not None:
+                stack.callback(self._payload.close)
             if self._serial_irq is not None:
                 stack.callback(self._serial_irq.close)
             if self._serial is not None:
