@@ -151,7 +151,7 @@ def test_a_megabyte_both_ways_arrives_complete(kind: str) -> None:
         irq.close()
 
 
-def ends(kind: str) -> tuple[Backend, int, int, Callable[[], None]]:
+def ends(kind: str) -> tuple[Backend, int, int, Callable[[], object]]:
     """A backend and the far ends to write to and to read from."""
     if kind == "socket":
         near, far = socket.socketpair()
@@ -164,7 +164,12 @@ def ends(kind: str) -> tuple[Backend, int, int, Callable[[], None]]:
         backend = Fds(guest_in, guest_out)
         os.close(guest_in)
         os.close(guest_out)
-        return backend, in_fd, out_fd, lambda: (os.close(in_fd), os.close(out_fd), None)[-1]
+
+        def close() -> None:
+            os.close(in_fd)
+            os.close(out_fd)
+
+        return backend, in_fd, out_fd, close
     backend = Pty()
     assert backend.pty_path is not None
     fd = os.open(backend.pty_path, os.O_RDWR | os.O_NOCTTY)
