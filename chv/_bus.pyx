@@ -4,9 +4,9 @@ A bus finds the range that wholly holds an access. An access that no range
 holds, or that crosses the edge of one, is unclaimed: it reads as all ones and
 writes are dropped, as on a PC; the run loop counts it.
 """
-from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from typing import Protocol
@@ -106,7 +106,7 @@ cdef class Bus:
         cdef bus_table *older
         while self.table is not NULL:
             older = self.table.older
-            PyMem_RawFree(self.table)
+            free(self.table)
             self.table = older
 
     def add(self, base: int, size: int, handler: object, name: str = "") -> None:
@@ -204,7 +204,7 @@ cdef class Bus:
 
 cdef bus_table *_build(list entries) except NULL:
     cdef size_t count = len(entries)
-    cdef bus_table *table = <bus_table *>PyMem_RawCalloc(1, sizeof(bus_table) + count * sizeof(bus_range))
+    cdef bus_table *table = <bus_table *>calloc(1, sizeof(bus_table) + count * sizeof(bus_range))
     cdef bus_range *entry
     cdef size_t i
     if table is NULL:
@@ -267,7 +267,7 @@ cdef int stats_record(exit_stats *stats, uint32_t slot, bint is_write, uint64_t 
     cdef slot_stats *entry = stats.slots[slot]
     cdef int msb
     if entry is NULL:
-        entry = <slot_stats *>PyMem_RawCalloc(1, sizeof(slot_stats))
+        entry = <slot_stats *>calloc(1, sizeof(slot_stats))
         if entry is NULL:
             return -1
         stats.slots[slot] = entry
@@ -289,7 +289,7 @@ cdef int stats_record(exit_stats *stats, uint32_t slot, bint is_write, uint64_t 
 cdef void stats_free(exit_stats *stats) noexcept nogil:
     cdef int i
     for i in range(MAX_SLOTS):
-        PyMem_RawFree(stats.slots[i])
+        free(stats.slots[i])
         stats.slots[i] = NULL
 
 

@@ -51,7 +51,7 @@ MP_STATES = {
     KVM_MP_STATE_HALTED: "halted",
     KVM_MP_STATE_SIPI_RECEIVED: "sipi-received",
 }
-MP_STATE_NUMBERS = {name: number for number, name in MP_STATES.items()}
+_MP_STATE_NUMBERS = {name: number for number, name in MP_STATES.items()}
 
 GENERAL_REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12",
                      "r13", "r14", "r15", "rip", "rflags")
@@ -303,7 +303,7 @@ cdef class KvmVcpu(_Fd):
 
     def set_mp_state(self, name: str) -> None:
         cdef kvm_mp_state state
-        state.mp_state = MP_STATE_NUMBERS[name]
+        state.mp_state = _MP_STATE_NUMBERS[name]
         call(self.fd, KVM_SET_MP_STATE, &state, "KVM_SET_MP_STATE")
 
     def lapic(self) -> bytes:
