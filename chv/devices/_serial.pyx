@@ -17,7 +17,7 @@ The interrupt is edge-triggered: one pulse whenever an enabled cause becomes act
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, EIO, EPIPE, ECONNRESET, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.unistd cimport close, read, write
 
 import os
@@ -93,6 +93,7 @@ cdef extern from *:
 cdef enum:
     CHUNK = 4096
     NAP_MS = 100        # how often a pty is looked at while nobody has it open
+    GATHER_NS = 500000  # after the first byte of a burst: otherwise each byte would wake the writer
 
 cpdef enum:
     STOPPED = 0         # stop() was called
@@ -168,6 +169,9 @@ cdef int writer_loop(uart *u, int fd, bint reconnects) noexcept nogil:
     cdef ssize_t written
     cdef bint socket = chv_is_socket(fd)
     cdef bint pty = chv_is_pty_master(fd)
+    cdef timespec gather
+    gather.tv_sec = 0
+    gather.tv_nsec = GATHER_NS
     fds[0].fd = u.wake_writer
     fds[0].events = POLLIN
     fds[1].fd = fd
@@ -190,6 +194,8 @@ cdef int writer_loop(uart *u, int fd, bint reconnects) noexcept nogil:
             return output_failed(u, errno)
         if fds[0].revents:
             clear_wake(u.wake_writer)
+            if size == 0:
+                nanosleep(&gather, NULL)
         if pty:
             set_lossy(u, (fds[1].revents & POLLHUP) != 0)
             if fds[1].revents & POLLHUP:

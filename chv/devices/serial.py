@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -12,14 +11,12 @@ from typing import Final
 
 from .. import layout
 from ..acpi.aml import EISAID, IO, Device, Interrupt, Name, ResourceTemplate, Scope, String
+from ..threads import leave_signals_to_main
 from ._serial import ENDED, FAILED, WATCHED, Serial
 from .backend import Backend
 
 _CLOSE_PATIENCE: Final = 1.0  # seconds without any progress after which output is given up
 _JOIN_PATIENCE: Final = 2.0
-
-# Signals are for the main thread. A thread must not keep those that report its own faults from itself.
-_FAULTS: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}
 
 
 class SerialPort:
@@ -121,7 +118,7 @@ class SerialPort:
 
 
 def _without_signals(loop: Callable[[], object]) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
+    leave_signals_to_main()
     loop()
 
 

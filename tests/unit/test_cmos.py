@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chv.devices.cmos import Cmos
@@ -177,6 +177,7 @@ def test_a_register_set_on_the_run(cmos: Cmos, clock: Clock) -> None:
     assert get(cmos, SECONDS) == 0x51
 
 
+@settings(deadline=None)  # a busy machine is not an error
 @given(
     st.datetimes(),
     st.sampled_from([0, BINARY, H24, H24 | BINARY]),
@@ -190,6 +191,7 @@ def test_every_date_comes_back(moment: datetime.datetime, mode: int) -> None:
     assert date(copy) == date(source)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 127), st.integers(0, 255)), max_size=40),
     st.lists(st.floats(0, 1e6), min_size=1, max_size=5),

@@ -424,3 +424,63 @@ def test_threads_and_descriptors_are_given_back() -> None:
             say(port, b"x")
         del port
     assert count() == before
+
+
+def test_everything_at_once() -> None:
+    """Two vCPUs with random accesses, the host's threads, resets, breaks, saving: it stays a serial port."""
+    near, far = socket.socketpair()
+    irq = Irq()
+    port = SerialPort(irq.fd, Fds(near, near))
+    device = port.device
+    over = threading.Event()
+    failures: list[BaseException] = []
+
+    def access(seed: int) -> None:
+        rng = random.Random(seed)
+        while not over.is_set():
+            if rng.random() < 0.5:
+                device.write(rng.randrange(8), rng.choice((1, 2, 4)), rng.getrandbits(32))
+            else:
+                assert 0 <= device.read(rng.randrange(8), 1) <= 255
+
+    def manage() -> None:
+        while not over.is_set():
+            device.send_break()
+            device.load(device.save())
+            device.set_irq_fd(irq.fd)
+            device.reset()
+            device.flush(0.001)
+            irq.take()
+            assert device.pending_output <= RING
+
+    def talk() -> None:
+        far.settimeout(0.1)
+        while not over.is_set():
+            with contextlib.suppress(TimeoutError):
+                far.send(bytes(1000))
+                far.recv(4096)
+
+    def guarded(loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except BaseException as failure:
+            failures.append(failure)
+
+    loops = [lambda: access(1), lambda: access(2), manage, talk]
+    threads = [threading.Thread(target=guarded, args=(loop,), daemon=True) for loop in loops]
+    port.start()
+    for thread in threads:
+        thread.start()
+    time.sleep(0.7)
+    over.set()
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert failures == []
+    device.reset()
+    set_up(device)
+    wait_until(lambda: device.read(LSR, 1) & LSR_THRE != 0)
+    port.close()
+    near.close()
+    far.close()
+    irq.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chv.devices._serial import Serial
@@ -459,6 +459,7 @@ def test_another_eventfd_after_a_reboot(uart: Serial, irq: Irq) -> None:
     uart.inject(b"x")
 
 
+@settings(deadline=None)  # a busy machine is not an error
 @given(
     registers=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 255)), max_size=20),
     data=st.binary(max_size=40),
