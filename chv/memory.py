@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,5 +107,6 @@ def _allocate(base: int, size: int, thp: bool) -> Region:
     # Huge pages where the host has them to give: placing a kernel is four times as fast, and so are
     # the guest's first touches. Cloud Hypervisor's memory option thp=on, its default.
     if thp:
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a host kernel without them: the memory works all the same
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     return Region(base, size, buffer_address(mapping), mapping)

@@ -36,7 +36,6 @@ NOT_BUILT: dict[str, str] = {
     "memory.hugepage_size": "huge pages",
     "memory.prefault": "prefaulting guest memory",
     "memory.reserve": "reserving guest memory",
-    "memory.thp": "switching transparent huge pages off",
     "memory.zones": "memory zones",
     "rate_limit_groups": "rate limits",
     "disks": "disks",
