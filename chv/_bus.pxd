@@ -61,6 +61,7 @@ cdef class Bus:
     cdef bus_table *table
     cdef readonly str name
     cdef uint64_t limit
+    cdef uint32_t hint    # of accesses that come from Python
     cdef object slots
     cdef list entries
     cdef dict handlers

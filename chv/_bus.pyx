@@ -127,7 +127,10 @@ cdef class Bus:
                 raise BusError(
                     f"{label}: {self.name} range {base:#x}-{base + size - 1:#x} overlaps "
                     f"{other[3]} at {other[0]:#x}-{other[0] + other[1] - 1:#x}")
-        if not isinstance(handler, CDevice):
+        if isinstance(handler, CDevice):
+            if (<CDevice>handler).ops.read is NULL or (<CDevice>handler).ops.write is NULL:
+                raise BusError(f"{label}: the device has no handlers; its __cinit__ must set ops.read and ops.write")
+        else:
             for method in ("read", "write"):
                 if not callable(getattr(handler, method, None)):
                     raise BusError(f"{label}: the handler has no {method}() method")
@@ -154,17 +157,19 @@ cdef class Bus:
 
     def write(self, address: int, size: int, value: int) -> int:
         """Write as a vCPU would; dropped if nothing claims the access."""
+        cdef uint32_t c_size = _access_size(size)
         cdef uint64_t data = value & ((1 << (8 * size)) - 1)
-        return self._access(address, _access_size(size), <uint8_t *>&data, True)
+        return self._access(address, c_size, <uint8_t *>&data, True)
 
     cdef int _access(self, uint64_t address, uint32_t size, uint8_t *data, bint is_write) except? -1:
-        cdef uint32_t hint = 0
+        cdef uint32_t hint = self.hint
         cdef PyObject *error = NULL
         cdef int result
         cdef bus_range *entry
         with nogil:
             entry = self.find(address, size, &hint)
             result = BUS_OK if entry is NULL else bus_access(entry, address, size, data, is_write, &error)
+        self.hint = hint
         if error is not NULL:
             raise take_error(error)
         return result
