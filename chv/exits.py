@@ -36,7 +36,10 @@ class ExitStats:
 
     def percentile(self, percent: float) -> float:
         """The time in ns that ``percent`` (0 to 100) of the exits did not exceed; 0 when there were none."""
-        wanted = self.count * percent / 100
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent: {percent}; allowed are 0 to 100")
+        # Not self.count: a running guest's counters are copied one after the other.
+        wanted = sum(count for _, _, count in self.histogram) * percent / 100
         seen = 0
         for _, high, count in self.histogram:
             seen += count
