@@ -43,12 +43,13 @@ def enter(vcpu: Vcpu, memory: GuestMemory, entry: EntryPoint) -> None:
     task = _segment(first + 2, 0x67, _TSS)
     gdt = [0] * first + [_descriptor(code), _descriptor(data), _descriptor(task)]
     memory.write(layout.BOOT_GDT, struct.pack(f"<{len(gdt)}Q", *gdt))
-    memory.write(layout.BOOT_IDT, bytes(8))
+    idt = max(layout.BOOT_IDT, layout.BOOT_GDT + 8 * len(gdt))
+    memory.write(idt, bytes(8))
 
     special = vcpu.kvm.special_registers()
     special.update(cs=code, ds=data, es=data, fs=data, gs=data, ss=data, tr=task)
     special["gdt"] = {"base": layout.BOOT_GDT, "limit": 8 * len(gdt) - 1}
-    special["idt"] = {"base": layout.BOOT_IDT, "limit": 7}
+    special["idt"] = {"base": idt, "limit": 7}
     special.update(cr0=_CR0_PE, cr4=0, efer=0)
     if long_mode:
         _write_page_tables(memory)
