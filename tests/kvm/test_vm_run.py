@@ -286,11 +286,13 @@ def test_no_write_to_a_register_brings_the_vm_down(writes: list[tuple[int, int, 
         vm.resize(desired_vcpus=2)
 
 
-@pytest.mark.parametrize("value", [0, 0xFFFFFFFF, 0x0F0F0F0F, 0x5A5A0102])
-def test_garbage_on_every_port_does_not_bring_the_vm_down(value: int) -> None:
+@pytest.mark.parametrize(
+    ("value", "end"), [(0xFFFFFFFF, 0x10000), (0, 0x1000), (0x0F0F0F0F, 0x1000), (0x5A5A0102, 0x1000)]
+)
+def test_garbage_on_every_port_does_not_bring_the_vm_down(value: int, end: int) -> None:
     code = f"""
         bf 00 00 00 00  ; mov edi, 0
-        be 00 00 01 00  ; mov esi, 0x10000
+        be {end.to_bytes(4, "little").hex()}    ; mov esi, END
         b8 {value.to_bytes(4, "little").hex()}  ; mov eax, VALUE
         {ALL_PORTS}
         {POWER_OFF}
@@ -300,7 +302,7 @@ def test_garbage_on_every_port_does_not_bring_the_vm_down(value: int) -> None:
         vm.boot()
         assert vm.wait(60)
         assert vm.state is VmState.SHUTDOWN
-        assert vm.exits.reasons["io"].count > 4 * 0xFF00
+        assert vm.exits.reasons["io"].count > 4 * (end - 0x100)
 
 
 def test_random_code_ends_in_a_crash_or_runs_but_never_in_another_error() -> None:
@@ -310,3 +312,62 @@ def test_random_code_ends_in_a_crash_or_runs_but_never_in_another_error() -> Non
         # Anything else that wait() raises fails the test.
         with booted_vm(code) as vm, contextlib.suppress(chv.GuestCrash):
             vm.wait(0.05)
+
+
+# -- what the guest is told -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "shift", "count"),
+    [
+        ({"boot": 1, "max": 1}, 1, 0, 1),
+        ({"boot": 1, "max": 8}, 1, 3, 8),
+        ({"boot": 1, "max": 254}, 1, 8, 254),
+        ({"boot": 1, "max": 300}, 1, 9, 300),
+        ({"boot": 1, "max": 8, "topology": "2:4:1:1"}, 2, 3, 8),
+    ],
+)
+def test_the_cpuid_instruction_tells_the_topology(
+    cpus: dict[str, object], threads: int, shift: int, count: int
+) -> None:
+    code = f"""
+        b8 0b 00 00 00  ; mov eax, 0xb
+        b9 00 00 00 00  ; mov ecx, 0
+        0f a2           ; cpuid
+        89 d8           ; mov eax, ebx
+        e7 40           ; out 0x40, eax
+        b8 0b 00 00 00  ; mov eax, 0xb
+        b9 01 00 00 00  ; mov ecx, 1
+        0f a2           ; cpuid
+        e7 40           ; out 0x40, eax
+        89 d8           ; mov eax, ebx
+        e7 40           ; out 0x40, eax
+        89 d0           ; mov eax, edx
+        e7 40           ; out 0x40, eax
+        {POWER_OFF}
+        {FOREVER}
+    """
+    device = Recorder()
+    with tiny_vm(code, cpus=cpus) as vm:
+        vm.add_pio(0x40, 4, device)
+        vm.boot()
+        assert vm.wait(10)
+    assert [value for _, _, value in device.writes] == [threads, shift, count, 0]
+
+
+def test_the_kernel_finds_its_start_information() -> None:
+    # PVH: ebx points to the start info, whose first word is its magic (Xen's start_info.h).
+    code = f"""
+        8b 03           ; mov eax, [ebx]
+        e7 40           ; out 0x40, eax
+        a1 00 00 0a 00  ; mov eax, [0xa0000] (RSDP: "RSD ")
+        e7 40           ; out 0x40, eax
+        {POWER_OFF}
+        {FOREVER}
+    """
+    device = Recorder()
+    with tiny_vm(code) as vm:
+        vm.add_pio(0x40, 4, device)
+        vm.boot()
+        assert vm.wait(10)
+    assert [value for _, _, value in device.writes] == [0x336EC578, int.from_bytes(b"RSD ", "little")]
