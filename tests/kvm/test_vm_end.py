@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import subprocess
+import sys
 import threading
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +18,18 @@ from chv.config import VmState
 
 from .conftest import open_descriptors
 from .guest import Recorder, eventually
-from .kernels import COUNT, FOREVER, HALT, POWER_OFF, RESET, SCRATCH, booted_vm, counter, tiny_vm
+from .kernels import (
+    COUNT,
+    FOREVER,
+    HALT,
+    POWER_OFF,
+    RESET,
+    SCRATCH,
+    booted_vm,
+    counter,
+    kernel_bytes,
+    tiny_vm,
+)
 
 I8042_RESET = """
     b0 fe           ; mov al, 0xfe
@@ -162,18 +176,35 @@ def test_wait_returns_false_when_time_is_up() -> None:
 
 def test_delete_ends_a_wait() -> None:
     with booted_vm(FOREVER) as vm:
-        threading.Timer(0.1, vm.delete).start()
+        timer = threading.Timer(0.1, vm.delete)
+        timer.start()
         assert vm.wait(10)
+        timer.join()
     with pytest.raises(chv.StateError):
         vm.boot()
 
 
-def test_a_vm_that_is_forgotten_is_switched_off() -> None:
-    with tiny_vm(COUNT) as vm:
-        vm.boot()
-    del vm
-    gc.collect()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vcpu")]
+FORGETFUL = """
+import sys, chv
+vm = chv.VM(kernel=sys.argv[1], memory=16 << 20, cpus=2, serial="null")
+vm.boot()
+vm.resize(desired_vcpus=1)
+print(vm.state.value)
+"""
+
+
+@pytest.mark.parametrize("ending", ["", "raise SystemExit(0)", "vm = None; import gc; gc.collect()"])
+def test_a_process_that_forgets_its_vm_ends(tmp_path: Path, ending: str) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(kernel_bytes(COUNT))
+    done = subprocess.run(
+        [sys.executable, "-c", FORGETFUL + ending, str(kernel)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Running\n", "")
 
 
 def resident() -> int:
