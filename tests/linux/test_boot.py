@@ -9,7 +9,7 @@ import pytest
 
 from chv import VmState
 from chv.testing import Guest
-from tests.linux.guests import assert_healthy
+from tests.linux.guests import assert_healthy, grow
 
 
 @pytest.mark.parametrize("kind", ["bzImage", "vmlinux"])
@@ -60,3 +60,11 @@ def test_power_button(guest: Callable[..., Guest], series: str) -> None:
     vm.power_button()
     assert vm.wait(60)
     assert vm.state is VmState.SHUTDOWN
+
+
+def test_more_possible_vcpus_than_xapic_can_name(guest: Callable[..., Guest]) -> None:
+    vm = guest(cpus="boot=2,max=300", memory="1G")
+    assert vm.run("cat /sys/devices/system/cpu/possible") == "0-299"
+    grow(vm, 3)
+    assert len(vm.info["vcpus"]) == 300
+    assert_healthy(vm)
