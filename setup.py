@@ -36,7 +36,7 @@ extensions = [
 
 setup(
     ext_modules=cythonize(
-        extensions,
+        extensions,  # type: ignore[no-untyped-call]
         annotate=os.environ.get("CHV_ANNOTATE") == "1",
         compiler_directives={
             "language_level": 3,

@@ -43,8 +43,8 @@ def chv_remote(path: Path, *arguments: str) -> str:
 
 def curl(path: Path, endpoint: str, body: str) -> int:
     """PUT as the document has it; the HTTP status."""
-    command = ["curl", "-s", "-H", "Accept: application/json", "-H", "Content-Type: application/json", "-i",
-               "-XPUT", "--unix-socket", str(path), "-d", body, f"http://localhost/api/v1/{endpoint}"]  # fmt: skip
+    command = ["curl", "-s", "-H", "Accept: application/json", "-H", "Content-Type: application/json"]
+    command += ["-i", "-XPUT", "--unix-socket", str(path), "-d", body, f"http://localhost/api/v1/{endpoint}"]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     return int(answer.split()[1])
 
