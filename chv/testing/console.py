@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -12,7 +13,6 @@ import time
 from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
-from .cksum import cksum
 from .errors import CommandFailed, ConsoleClosed, ConsoleTimeout, LoginFailed
 from .log import Log
 
@@ -20,14 +20,14 @@ PROMPT: Final = r"(?m:^)[^\n]*[#$] \Z"
 """Where a shell waits: a last line that ends with ``# `` or ``$ ``."""
 
 # A shell function that runs $2 and frames what it printed: a begin mark, the output, an end mark with
-# status, CRC and length. The output goes to a file first because the kernel writes to the same line and
-# may do so in the middle of a word: the CRC tells, and then the file is sent again.
+# status and checksum. The output goes to a file first because the kernel writes to the same line and
+# may do so in the middle of a word: the checksum tells, and then the file is sent again.
 # The marks are put together by printf, so that the echo of what is typed never looks like one.
 # `command` keeps a syntax error in $2 from ending the whole line.
 _PREPARE: Final = (
     "for _chv_dir in /dev/shm /run /tmp; do [ -w $_chv_dir ] && break; done; "
     "_chv_show() { printf '\\n%s:%s\\n' \"chv-$1\" begin; cat $_chv_dir/.chv-out; "
-    'printf \'\\n%s:%s:%s:%s:\\n\' "chv-$1" end $_chv_status "$(cksum <$_chv_dir/.chv-out)"; }; '
+    'printf \'\\n%s:%s:%s:%s\\n\' "chv-$1" end $_chv_status "$(md5sum <$_chv_dir/.chv-out)"; }; '
     '_chv_run() { command eval "$2" </dev/null >$_chv_dir/.chv-out 2>&1; _chv_status=$?; _chv_show $1; }'
 )
 _NOT_PREPARED: Final = re.compile(
@@ -187,7 +187,7 @@ class Console:
 
         It runs in that very shell, so ``cd`` and variables stay, with nothing to read. What it prints
         comes back byte for byte, whatever else appears on the console. The guest needs a POSIX shell,
-        ``cat``, ``cksum`` and a place to write (/dev/shm, /run or /tmp).
+        ``cat``, ``md5sum`` and a place to write (/dev/shm, /run or /tmp).
         """
         with self._lock:
             deadline = time.monotonic() + timeout
@@ -260,7 +260,7 @@ class Console:
 def _answer(raw: bytes, mark: bytes) -> _Answer | None:
     """What the guest's answer to a call says, or None if it is not complete."""
     begin_mark = re.compile(rb"\n%b:begin\r?\n" % mark)
-    end_mark = re.compile(rb"\r?\n%b:end:(\d+):(\d+) (\d+):\r?\n" % mark)
+    end_mark = re.compile(rb"\r?\n%b:end:(\d+):([0-9a-f]{32}) *-:\r?\n" % mark)
     if not end_mark.search(raw[-_MARK_AREA:]) and not end_mark.search(
         _KERNEL_LINE.sub(b"", raw[-_MARK_AREA:])
     ):
@@ -271,10 +271,9 @@ def _answer(raw: bytes, mark: bytes) -> _Answer | None:
     for text in (raw, _KERNEL_LINE.sub(b"", raw)):
         begin, end = begin_mark.search(text), end_mark.search(text)
         if begin is not None and end is not None:
-            status, crc, length = (int(field) for field in end.groups())
             output = text[begin.end() : end.start()].replace(b"\r\n", b"\n")
-            if len(output) == length and cksum(output) == crc:
-                return _Answer(CommandResult(output.decode(errors="replace"), status))
+            if hashlib.md5(output, usedforsecurity=False).hexdigest() == end[2].decode():
+                return _Answer(CommandResult(output.decode(errors="replace"), int(end[1])))
     return _Answer()
 
 

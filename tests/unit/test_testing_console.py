@@ -6,18 +6,14 @@ import os
 import pty
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from chv.testing import CommandFailed, Console, ConsoleClosed, ConsoleTimeout, LoginFailed
-from chv.testing.cksum import cksum
 from tests.support import require
 
 SHELLS = {
@@ -277,13 +273,6 @@ def test_login_and_password_of_a_real_getty(start: Start) -> None:
     console = start(["sh", "-c", "sleep 100"])
     with pytest.raises(ConsoleTimeout, match="login:"):
         console.login("root", "secret", 0.2)
-
-
-@given(st.binary(max_size=300))
-def test_cksum_is_that_of_posix(data: bytes) -> None:
-    require(shutil.which("cksum"), "cksum is not installed")
-    out = subprocess.run(["cksum"], input=data, capture_output=True, check=True).stdout
-    assert out.split()[:2] == [str(cksum(data)).encode(), str(len(data)).encode()]
 
 
 def test_no_thread_or_descriptor_is_left(tmp_path: Path) -> None:
