@@ -26,9 +26,9 @@ PROMPT: Final = r"(?m:^)[^\n]*[#$] \Z"
 # `command` keeps a syntax error in $2 from ending the whole line.
 _PREPARE: Final = (
     "for _chv_dir in /dev/shm /run /tmp; do [ -w $_chv_dir ] && break; done; "
-    "_chv_show() { printf '\\n%s:%s\\n' \"chv-$1\" begin; cat $_chv_dir/.chv-out; "
-    'printf \'\\n%s:%s:%s:%s:\\n\' "chv-$1" end $_chv_status "$(md5sum <$_chv_dir/.chv-out)"; }; '
-    '_chv_run() { command eval "$2" </dev/null >$_chv_dir/.chv-out 2>&1; _chv_status=$?; _chv_show $1; }'
+    "_chv_show() { printf '\\n%s:%s\\n' \"chv-$1\" begin; cat $_chv_dir/.chv-$$; "
+    'printf \'\\n%s:%s:%s:%s:\\n\' "chv-$1" end $_chv_status "$(md5sum <$_chv_dir/.chv-$$)"; }; '
+    '_chv_run() { command eval "$2" </dev/null >$_chv_dir/.chv-$$ 2>&1; _chv_status=$?; _chv_show $1; }'
 )
 _NOT_PREPARED: Final = re.compile(
     rb"(?:\A|[\r\n]|[#$] )[\w./-]+: (?:(?:line )?\d+: )?_chv_(?:run|show): (?:command )?not found"
