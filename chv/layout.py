@@ -72,3 +72,9 @@ PCI_CONFIG_SIZE: Final = 8
 COM1_GSI: Final = 4
 RTC_GSI: Final = 8
 GED_GSI: Final = 5
+
+
+def ram_spans(size: int) -> list[tuple[int, int]]:
+    """(base, size) of each run of RAM of a machine with ``size`` bytes: below the hole, then above it."""
+    low = min(size, RAM_32BIT_END)
+    return [(0, low), (RAM_64BIT, size - low)] if size > low else [(0, low)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import bootstate, exits, layout
@@ -28,6 +27,7 @@ from .devices.cmos import Cmos
 from .devices.i8042 import I8042
 from .errors import ConfigError, KvmError
 from .interrupts import Irq
+from .ranges import NO_LIMIT, PIO_LIMIT, PORTS
 from .vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .config import CpusConfig
     from .devices.serial import SerialPort
     from .memory import GuestMemory
+    from .ranges import Range
 
 # What chv cannot do without (names as in the kernel's api.rst, without KVM_CAP_).
 _NEEDED = (
@@ -46,17 +47,6 @@ _NEEDED = (
 _X2APIC_32BIT_IDS = 1 << 0  # KVM_X2APIC_API_USE_32BIT_IDS
 _X2APIC_NO_BROADCAST_QUIRK = 1 << 1  # KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 _LAST_XAPIC_VCPUS = 255  # APIC id 255 is xAPIC's broadcast
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A device of the user's on one of the buses."""
-
-    space: str  # "pio" or "mmio"
-    base: int
-    size: int
-    handler: Handler
-    name: str
 
 
 Report = Callable[[str, BaseException | None], None]
@@ -100,8 +90,8 @@ class Machine:
             self._create_platform()
             self._ged_irq = self._own_irq(stack, layout.GED_GSI)
             rtc_irq = self._own_irq(stack, layout.RTC_GSI)
-            self.pio = Bus("pio", 0x10000, slots)
-            self.mmio = Bus("mmio", 0, slots)
+            self.pio = Bus("pio", PIO_LIMIT, slots)
+            self.mmio = Bus("mmio", NO_LIMIT, slots)
             self.hotplug = CpuHotplug(cpus.boot_vcpus, self.maximum, self._eject)
             self.ged = Ged(self._ged_irq)
             self.pm_timer = PmTimer()
@@ -134,19 +124,21 @@ class Machine:
         return irq
 
     def _claim_ranges(self, ranges: Iterable[Range]) -> None:
-        add = self.pio.add
         if self._serial is not None:
-            add(layout.COM1_PORT, layout.COM1_SIZE, self._serial.device, "serial")
-        add(layout.I8042_PORT, layout.I8042_SIZE, I8042(self._guest_reset), "i8042")
-        add(layout.CMOS_PORT, layout.CMOS_SIZE, self.cmos, "cmos")
-        add(layout.DEBUG_PORT, layout.DEBUG_PORT_SIZE, self.debug_port, "debug-port")
-        power = PowerRegisters(self._guest_reset, self._guest_shutdown)
-        add(layout.POWER_PORT, layout.POWER_SIZE, power, "acpi-power")
-        add(layout.PM_TIMER_PORT, layout.PM_TIMER_SIZE, self.pm_timer, "pm-timer")
-        add(layout.CPU_HOTPLUG_PORT, layout.CPU_HOTPLUG_SIZE, self.hotplug, "cpu-hotplug")
-        add(layout.GED_PORT, layout.GED_SIZE, self.ged, "ged")
+            self._claim_ports("serial", self._serial.device)
+        self._claim_ports("i8042", I8042(self._guest_reset))
+        self._claim_ports("cmos", self.cmos)
+        self._claim_ports("debug-port", self.debug_port)
+        self._claim_ports("acpi-power", PowerRegisters(self._guest_reset, self._guest_shutdown))
+        self._claim_ports("pm-timer", self.pm_timer)
+        self._claim_ports("cpu-hotplug", self.hotplug)
+        self._claim_ports("ged", self.ged)
         for r in ranges:
             (self.pio if r.space == "pio" else self.mmio).add(r.base, r.size, r.handler, r.name)
+
+    def _claim_ports(self, name: str, handler: Handler) -> None:
+        base, size = PORTS[name]
+        self.pio.add(base, size, handler, name)
 
     def load(self, payload: Payload) -> None:
         """Put kernel, boot information and ACPI tables into memory; the boot vCPU will enter the kernel."""

@@ -39,13 +39,9 @@ class GuestMemory:
         if size <= 0 or size % layout.PAGE_SIZE:
             raise ConfigError(f"memory.size: {size} is not a positive multiple of {layout.PAGE_SIZE} bytes")
         self.size = size
-        low = min(size, layout.RAM_32BIT_END)
-        spans = [(0, low)]
-        if size > low:
-            spans.append((layout.RAM_64BIT, size - low))
         self.regions: list[Region] = []
         try:
-            for base, length in spans:
+            for base, length in layout.ram_spans(size):
                 self.regions.append(_allocate(base, length, thp))
         except BaseException:
             self.close()

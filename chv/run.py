@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 import termios
@@ -35,6 +36,7 @@ def run(
     Raises what went wrong, the guest's failure among it.
     """
     os.umask(0o077)
+    raise_descriptor_limit()
     start_logging(verbosity, log_file)
     vmm = Vmm(no_shutdown=no_shutdown)
     with contextlib.ExitStack() as ending:
@@ -50,6 +52,12 @@ def run(
             vmm.boot()
         vmm.wait()
     return 0
+
+
+def raise_descriptor_limit() -> None:
+    """Each vCPU is a descriptor, and the usual limit of 1024 is only a default."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def start_logging(verbosity: int, log_file: str | None) -> None:

@@ -109,8 +109,10 @@ class Vcpu:
                 self._changed.notify_all()
 
     def _run_until_stopped(self) -> None:
-        while self._wait_until_wanted():
+        while True:
             try:
+                if not self._wait_until_wanted():
+                    return
                 outcome = self.run.run()
                 error = self.run.take_exception() if outcome == "exception" else None
                 if outcome != "kicked":
@@ -195,13 +197,14 @@ class Vcpu:
             return self._online if self._alive else False
 
     def _sample(self) -> None:
+        self._sample_wanted = False
+        self._online = None
         state = self.kvm.mp_state()
         if state == "halted":
             # Linux puts an offline CPU to rest with interrupts disabled, an idle one never.
             self._online = bool(self.kvm.registers()["rflags"] & _RFLAGS_IF)
         else:
             self._online = state == "runnable"
-        self._sample_wanted = False
         self._changed.notify_all()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from . import exits, layout
+from . import exits, layout, ranges
 from ._bus import SlotNames
 from .acpi.ged import Event
 from .config import ConsoleMode, VmConfig, VmState, make_config, validate
@@ -22,8 +22,9 @@ from .devices.backend import Backend, Fds, open_backend
 from .devices.serial import SerialPort
 from .errors import ConfigError, NotSupportedYet, ResizeError, ResizePending, StateError
 from .interrupts import Irq
-from .machine import Machine, Range
+from .machine import Machine
 from .memory import GuestMemory
+from .ranges import Range
 from .threads import leave_signals_to_main
 
 if TYPE_CHECKING:
@@ -148,22 +149,20 @@ class VM:
 
         ``handler`` has ``read(offset, size) -> int`` and ``write(offset, size, value)``. What it
         raises stops the VM; :meth:`wait` raises it again. Takes effect at once, also after a reboot.
-        Raises :class:`chv.errors.BusError` for a range that overlaps another.
+        Raises :class:`chv.errors.BusError` for a range that overlaps another, a device of the
+        machine, or KVM's interrupt controllers.
         """
         self._add_range(Range("pio", base, size, handler, name or type(handler).__name__))
 
     def add_mmio(self, base: int, size: int, handler: Handler, name: str = "") -> None:
-        """Like :meth:`add_pio`, for guest-physical memory addresses outside RAM."""
-        end = base + size
-        low_end = min(self.config.memory.size, layout.RAM_32BIT_END)
-        high_end = layout.RAM_64BIT + max(0, self.config.memory.size - layout.RAM_32BIT_END)
-        if base < low_end or (base < high_end and end > layout.RAM_64BIT):
-            raise ConfigError(f"{name or type(handler).__name__}: {base:#x}+{size:#x} overlaps guest RAM")
+        """Like :meth:`add_pio`, for guest-physical addresses outside RAM."""
         self._add_range(Range("mmio", base, size, handler, name or type(handler).__name__))
 
     def _add_range(self, new: Range) -> None:
         with self._lock:
             self._check_not_deleted()
+            serial = self.config.serial.mode is not ConsoleMode.OFF
+            ranges.check([*self._ranges, new], memory_size=self.config.memory.size, serial=serial)
             if self._machine is not None:
                 bus = self._machine.pio if new.space == "pio" else self._machine.mmio
                 bus.add(new.base, new.size, new.handler, new.name)
