@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import chv
-from chv import cli, errors, layout, remote
+from chv import cli, errors, ranges, remote
 from chv.api.app import NOT_BUILT, ROOT, routes
 from chv.api.client import Client
 from chv.testing import Console, Guest, plugin
@@ -284,13 +284,7 @@ def test_the_ports_that_are_taken_are_listed() -> None:
         r"^\| 0x([0-9a-f]+)(?:(?: to |, )0x([0-9a-f]+))? \|", prose(HERE / "docs/devices.md"), re.MULTILINE
     )
     listed = {(int(first, 16), int(last or first, 16)) for first, last in rows}
-    names = ("I8042", "CMOS", "DEBUG", "COM1", "POWER", "PM_TIMER", "CPU_HOTPLUG", "GED")
-    taken = set()
-    for name in names:
-        base = getattr(layout, f"{name}_PORT")
-        size = getattr(layout, f"{name}_SIZE", None) or getattr(layout, f"{name}_PORT_SIZE")
-        taken.add((base, base + size - 1))
-    assert listed == taken
+    assert listed == {(base, base + size - 1) for base, size in ranges.PORTS.values()}
 
 
 # -- links -------------------------------------------------------------------------------
