@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.guests import Kernel, kernel
+from tests.guests.cache import cache, digest
 from tests.guests.cpio import Archive
 from tests.guests.initramfs import add_busybox, add_modules
 from tests.testbed import children
@@ -210,13 +211,15 @@ class Machine:
             self._lines += data
 
     def _last_words(self) -> str:
-        """The ends of the logs: what there is to know when the machine is gone."""
+        """The ends of the logs, for the one who asks why the machine is gone; whole ones go to the results."""
         words = []
         for name in ("virtiofsd", "qemu", "console"):
             log = self._folder / f"{name}.log"
             if log.exists() and (text := log.read_text(errors="replace").strip()):
                 lines = [line for line in text.splitlines() if "TCG doesn't support" not in line]
                 words += [f"--- {name} ---", *lines[-30:]]
+                if self._results is not None:
+                    shutil.copy(log, self._results / f"testbed-{name}.log")
         return "\n".join(words)
 
 
@@ -240,7 +243,23 @@ def init_archive(guest: Kernel, modules: Sequence[str], results: Path | None) ->
     for folder in ("proc", "sys", "run", "etc"):
         archive.folder(folder)
     archive.file("init", Path(__file__).with_name("init").read_bytes(), 0o755)
+    archive.file("bin/keeper", keeper().read_bytes(), 0o755)
     archive.file("etc/testbed", f"results={shlex.quote(str(results or ''))}\n".encode())
     add_busybox(archive)
     add_modules(archive, guest, modules)
     return archive.data()
+
+
+def keeper() -> Path:
+    """The program that keeper.c is, compiled once."""
+    source = Path(__file__).with_name("keeper.c")
+    program = cache() / "testbed" / f"keeper-{digest([source.read_bytes()])}"
+    if not program.exists():
+        program.parent.mkdir(parents=True, exist_ok=True)
+        draft = program.with_name(f"{program.name}.{os.getpid()}")
+        compiler = ["gcc", "-O2", "-Wall", "-static", "-o", draft, source]
+        result = subprocess.run(compiler, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise TestbedError(f"cannot compile {source}\n{result.stderr}")
+        draft.rename(program)
+    return program
