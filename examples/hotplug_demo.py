@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import chv
 from chv.testing import Console
 
 RESIZE = '{"desired_vcpus":8}'
@@ -161,7 +162,7 @@ def main() -> int:
     demo = Demo(options.kernel, options.initramfs, options.boot_timeout)
     try:
         story(demo)
-    except (Failed, TimeoutError, subprocess.TimeoutExpired) as error:
+    except (Failed, chv.Error, OSError, subprocess.TimeoutExpired) as error:
         print(f"FAILED: {error}", flush=True)
         print(demo.console.log[-4000:], flush=True)
         return 1

@@ -58,6 +58,13 @@ def _no_stop() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _in_background(fd: int) -> bool:
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:
+        return False  # not our controlling terminal, so there is no job control on it
+
+
 class RawTerminal:
     """Terminal ``fd`` in raw mode until :meth:`restore`, the process's end, or its death by a signal.
 
@@ -68,7 +75,7 @@ class RawTerminal:
         self._fd = fd
         self._pid = os.getpid()
         self._settings: list[Any] | None = None
-        if os.tcgetpgrp(fd) != os.getpgrp():
+        if _in_background(fd):
             return
         self._settings = termios.tcgetattr(fd)
         guard_terminal(fd)
