@@ -188,6 +188,24 @@ cdef class KvmVm(_Fd):
         region.userspace_addr = address
         call(self.fd, KVM_SET_USER_MEMORY_REGION, &region, "KVM_SET_USER_MEMORY_REGION")
 
+    def route_to_ioapic(self, pins: int) -> None:
+        """Connect GSIs 0 to ``pins`` - 1 to the I/O APIC's pins of the same number, and to nothing else."""
+        cdef size_t size = sizeof(kvm_irq_routing) + pins * sizeof(kvm_irq_routing_entry)
+        cdef kvm_irq_routing *routing = <kvm_irq_routing *>calloc(1, size)
+        cdef uint32_t i
+        if routing is NULL:
+            raise MemoryError
+        try:
+            routing.nr = pins
+            for i in range(routing.nr):
+                routing.entries[i].gsi = i
+                routing.entries[i].type = KVM_IRQ_ROUTING_IRQCHIP
+                routing.entries[i].u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC
+                routing.entries[i].u.irqchip.pin = i
+            call(self.fd, KVM_SET_GSI_ROUTING, routing, "KVM_SET_GSI_ROUTING")
+        finally:
+            free(routing)
+
     def irqfd(self, eventfd: int, gsi: int, assign: bool = True) -> None:
         """Let a write to ``eventfd`` raise ``gsi`` as an edge."""
         cdef kvm_irqfd request

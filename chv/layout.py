@@ -72,6 +72,7 @@ PCI_CONFIG_SIZE: Final = 8
 COM1_GSI: Final = 4
 RTC_GSI: Final = 8
 GED_GSI: Final = 5
+IOAPIC_PINS: Final = 24
 
 
 def ram_spans(size: int) -> list[tuple[int, int]]:

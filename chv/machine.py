@@ -112,6 +112,9 @@ class Machine:
         vm.set_tss_address(layout.KVM_TSS)
         vm.set_identity_map_address(layout.KVM_IDENTITY_MAP)
         vm.create_irqchip()
+        # KVM also connects GSIs 0 to 15 to its PICs. A hardware-reduced kernel never sets those up, so
+        # they would deliver what comes early as vector 0 and up, which are exceptions.
+        vm.route_to_ioapic(layout.IOAPIC_PINS)
         if self.maximum > _LAST_XAPIC_VCPUS:
             vm.enable_x2apic_api(_X2APIC_32BIT_IDS | _X2APIC_NO_BROADCAST_QUIRK)
         for slot, region in enumerate(self.memory.regions):
