@@ -10,7 +10,8 @@ Three things differ from a chip, because the line has no baud rate:
   clear and the guest waits.
 - Bytes from the host wait, in a second ring and then at their source, until the guest has emptied its
   FIFO. So the host never causes an overrun.
-- Received bytes below the trigger level are indicated at once, as a character timeout.
+- Received bytes below the trigger level are indicated at once, as a character timeout. Between one
+  FIFO and the next the line rests as long as the guest took to read the last one.
 
 The interrupt is edge-triggered: one pulse whenever an enabled cause becomes active.
 """
@@ -93,7 +94,12 @@ cdef extern from *:
 cdef enum:
     CHUNK = 4096
     NAP_MS = 100        # how often a pty is looked at while nobody has it open
-    GATHER_NS = 500000  # after the first byte of a burst: otherwise each byte would wake the writer
+    REST_MIN_NS = 20000
+    REST_MAX_NS = 2000000
+    REST_SENDING = 4    # so many times as long while the guest has something to send
+    GATHER_NS = 1000000
+    GATHER_STEPS = 4    # so long, or until there are
+    GATHER_ENOUGH = 64  # bytes
 
 cpdef enum:
     STOPPED = 0         # stop() was called
@@ -161,6 +167,18 @@ cdef void nap(int wake_fd) noexcept nogil:
     poll(&fds, 1, NAP_MS)
 
 
+cdef void gather(uart *u) noexcept nogil:
+    """Let a burst become long: otherwise each byte of a slow guest would wake the writer and whoever reads."""
+    cdef timespec pause
+    cdef int i
+    pause.tv_sec = 0
+    pause.tv_nsec = GATHER_NS
+    for i in range(GATHER_STEPS):
+        nanosleep(&pause, NULL)
+        if u.stopping or u.output_put - u.output_taken >= GATHER_ENOUGH:
+            return
+
+
 cdef int writer_loop(uart *u, int fd, bint reconnects) noexcept nogil:
     cdef uint8_t chunk[CHUNK]
     cdef pollfd fds[2]
@@ -169,9 +187,6 @@ cdef int writer_loop(uart *u, int fd, bint reconnects) noexcept nogil:
     cdef ssize_t written
     cdef bint socket = chv_is_socket(fd)
     cdef bint pty = chv_is_pty_master(fd)
-    cdef timespec gather
-    gather.tv_sec = 0
-    gather.tv_nsec = GATHER_NS
     fds[0].fd = u.wake_writer
     fds[0].events = POLLIN
     fds[1].fd = fd
@@ -195,7 +210,7 @@ cdef int writer_loop(uart *u, int fd, bint reconnects) noexcept nogil:
         if fds[0].revents:
             clear_wake(u.wake_writer)
             if size == 0:
-                nanosleep(&gather, NULL)
+                gather(u)
         if pty:
             set_lossy(u, (fds[1].revents & POLLHUP) != 0)
             if fds[1].revents & POLLHUP:
@@ -221,12 +236,48 @@ cdef int writer_loop(uart *u, int fd, bint reconnects) noexcept nogil:
         pthread_mutex_unlock(&u.lock)
 
 
-cdef int deliver(uart *u, const uint8_t *data, size_t size) noexcept nogil:
-    """Put all of ``data`` into the input ring, waiting for room; STOPPED if stop() came first, else ENDED."""
-    cdef pollfd wake
+cdef void end_rest(uart *u) noexcept nogil:
+    """Let the line rest (see rest() in _uart.pxd), then go on. It ends early if the guest has sent all it had."""
+    cdef timespec pause
+    cdef bint over = False
+    cdef int i = 0
+    pause.tv_sec = 0
+    pause.tv_nsec = min(max(u.drain_ns, REST_MIN_NS), REST_MAX_NS)
+    while not over:
+        nanosleep(&pause, NULL)
+        i += 1
+        pthread_mutex_lock(&u.lock)
+        over = i == REST_SENDING or not u.ier & IER_THRE or u.stopping
+        if over:
+            u.resting = 0
+            refill(u)
+            update_irq(u)
+        pthread_mutex_unlock(&u.lock)
+
+
+cdef int wait_woken(uart *u, pollfd *fds, int count) noexcept nogil:
+    """Poll ``fds``, of which the first is wake_reader; how many of the others are ready, or -1."""
+    cdef int ready, i
+    for i in range(count):
+        fds[i].revents = 0
+    ready = poll(fds, count, -1)
+    if ready < 0:
+        return 0 if errno == EINTR or errno == EAGAIN else -1
+    if fds[0].revents:
+        clear_wake(u.wake_reader)
+        ready -= 1
+        if u.resting:
+            end_rest(u)
+    return ready
+
+
+cdef int deliver(uart *u, const uint8_t *data, size_t size, int watch_fd) noexcept nogil:
+    """Put all of ``data`` into the input ring, waiting for room; ENDED unless something else came first."""
+    cdef pollfd fds[2]
     cdef size_t done = 0
-    wake.fd = u.wake_reader
-    wake.events = POLLIN
+    fds[0].fd = u.wake_reader
+    fds[1].fd = watch_fd
+    fds[0].events = fds[1].events = POLLIN
     while True:
         pthread_mutex_lock(&u.lock)
         done += input_put(u, data + done, size - done)
@@ -237,14 +288,15 @@ cdef int deliver(uart *u, const uint8_t *data, size_t size) noexcept nogil:
         pthread_mutex_unlock(&u.lock)
         if done == size:
             return ENDED
-        poll(&wake, 1, -1)
-        clear_wake(u.wake_reader)
+        if wait_woken(u, fds, 2) > 0:
+            return WATCHED
 
 
 cdef int reader_loop(uart *u, int fd, int watch_fd) noexcept nogil:
     cdef uint8_t chunk[CHUNK]
     cdef pollfd fds[3]
     cdef ssize_t count
+    cdef int ready, outcome
     cdef bint socket = fd >= 0 and chv_is_socket(fd)
     cdef bint pty = fd >= 0 and chv_is_pty_master(fd)
     fds[0].fd = u.wake_reader
@@ -252,14 +304,11 @@ cdef int reader_loop(uart *u, int fd, int watch_fd) noexcept nogil:
     fds[2].fd = watch_fd
     fds[0].events = fds[1].events = fds[2].events = POLLIN
     while not u.stopping:
-        fds[0].revents = fds[1].revents = fds[2].revents = 0
-        if poll(fds, 3, -1) < 0:
-            if errno == EINTR or errno == EAGAIN:
-                continue
+        ready = wait_woken(u, fds, 3)
+        if ready < 0:
             u.input_error = errno
             return FAILED
-        if fds[0].revents:
-            clear_wake(u.wake_reader)
+        if ready == 0:
             continue
         if fds[2].revents:
             return WATCHED
@@ -270,8 +319,9 @@ cdef int reader_loop(uart *u, int fd, int watch_fd) noexcept nogil:
             continue
         count = recv(fd, chunk, CHUNK, MSG_DONTWAIT) if socket else read(fd, chunk, CHUNK)
         if count > 0:
-            if deliver(u, chunk, count) == STOPPED:
-                return STOPPED
+            outcome = deliver(u, chunk, count, watch_fd)
+            if outcome != ENDED:
+                return outcome
         elif count == 0:
             if not socket:
                 return ENDED
@@ -354,13 +404,21 @@ cdef class Serial(CDevice):
     def run_reader(self, in_fd: int, watch_fd: int = -1) -> int:
         """Give the guest what ``in_fd`` (-1: nothing) has to read until :meth:`stop`; blocks, without the GIL.
 
+        While this runs, the line rests between one FIFO and the next, as one with a baud rate does.
+
         Returns STOPPED, ENDED at the end of the input (for a pty there is none), WATCHED when
         ``watch_fd`` is readable, or FAILED with the reason in :attr:`input_error`.
         """
         cdef int fd = in_fd, watch = watch_fd
         cdef int result
         with nogil:
+            self.u.reader_running = 1
             result = reader_loop(&self.u, fd, watch)
+            pthread_mutex_lock(&self.u.lock)
+            self.u.reader_running = self.u.resting = 0
+            refill(&self.u)
+            update_irq(&self.u)
+            pthread_mutex_unlock(&self.u.lock)
         return result
 
     def stop(self) -> None:

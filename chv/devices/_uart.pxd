@@ -1,11 +1,12 @@
 """The chip: a 16550A's registers and the two rings behind its line.
 
 Pure state in, state out. What is here runs with the lock held, without the GIL, on any thread; the only
-thing it does to the outside is to signal eventfds. Registers as in the PC16550D data sheet (National
+thing it does to the outside is to signal eventfds and look at the clock. Registers as in the PC16550D data sheet (National
 Semiconductor, 1995).
 """
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport write
 
 cdef extern from "<pthread.h>" nogil:
@@ -46,7 +47,11 @@ cdef struct uart:
     # The host's side
     int wake_reader
     int wake_writer
+    uint8_t reader_running    # it ends the line's rests
     uint8_t reader_waiting    # for room in input
+    uint8_t resting           # input waits although the FIFO is empty
+    int64_t filled_at         # CLOCK_MONOTONIC in ns
+    int64_t drain_ns          # how long the guest took to empty the FIFO
     uint8_t writer_idle       # for something in output
     uint8_t stopping
     uint8_t discard           # output goes nowhere
@@ -127,6 +132,12 @@ cdef inline void signal_fd(int fd) noexcept nogil:
         write(fd, &one, 8)   # EAGAIN: already signalled as often as it can be
 
 
+cdef inline int64_t now_ns() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
+
+
 cdef inline uint8_t line_status(uart *u) noexcept nogil:
     """The LSR bits that cause a line status interrupt."""
     cdef uint8_t status = LSR_OE if u.overrun else 0
@@ -187,8 +198,8 @@ cdef inline void fifo_put(uart *u, uint8_t byte, uint8_t flags) noexcept nogil:
 cdef inline void refill(uart *u) noexcept nogil:
     """Move what waits in the host's ring into the guest's FIFO, as far as there is room."""
     cdef bint was_empty = u.fifo_count == 0
-    if u.mcr & MCR_LOOP:
-        return   # the line is cut off
+    if u.mcr & MCR_LOOP or u.resting:
+        return   # the line is cut off, or quiet
     if u.break_waiting and u.fifo_count < fifo_depth(u):
         u.break_waiting = 0
         fifo_put(u, 0, LSR_BI)
@@ -200,8 +211,24 @@ cdef inline void refill(uart *u) noexcept nogil:
         # after so many bytes). On a line with a baud rate it would have seen the FIFO empty, then
         # an interrupt; so it gets one here.
         u.active &= ~IER_RECEIVED
+        if u.input_taken != u.input_put:
+            u.filled_at = now_ns()
     if u.reader_waiting and u.input_put - u.input_taken <= INPUT_SIZE // 2:
         u.reader_waiting = 0
+        signal_fd(u.wake_reader)
+
+
+cdef inline void rest(uart *u) noexcept nogil:
+    """The guest has emptied its FIFO and more waits: have the reader thread fill it again in a while.
+
+    A line with a baud rate gives a driver time between one FIFO and the next. Without it, an interrupt
+    handler that reads until nothing is left stays in there, and what it has read is not processed: Linux
+    then discards echoes, and input in the end. So the line rests as long as the guest took to read, and
+    somewhat longer while it has something to send.
+    """
+    if u.reader_running and fifo_on(u) and not u.mcr & MCR_LOOP and u.input_taken != u.input_put:
+        u.resting = 1
+        u.drain_ns = now_ns() - u.filled_at
         signal_fd(u.wake_reader)
 
 
@@ -213,6 +240,7 @@ cdef inline uint8_t receive(uart *u) noexcept nogil:
     u.fifo_first = (u.fifo_first + 1) % FIFO_SIZE
     u.fifo_count -= 1
     if u.fifo_count == 0:
+        rest(u)
         refill(u)
     return byte
 

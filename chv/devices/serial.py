@@ -46,7 +46,7 @@ class SerialPort:
             self._spawn("in", self._accept_clients)
             self._spawn("out", self._write_to_clients)
         if backend.in_fd >= 0:
-            self._spawn("in", lambda: self.device.run_reader(backend.in_fd))
+            self._spawn("in", self._read)
         if backend.out_fd >= 0:
             self._spawn("out", lambda: self.device.run_writer(backend.out_fd))
 
@@ -56,6 +56,10 @@ class SerialPort:
         )
         self._threads.append(thread)
         thread.start()
+
+    def _read(self) -> None:
+        self.device.run_reader(self.backend.in_fd)
+        self.device.run_reader(-1)  # the input has ended; the rest of it goes to the guest at its pace
 
     def close(self) -> None:
         """Hand over the guest's last words, end the threads, restore the terminal; once or more.

@@ -113,10 +113,10 @@ class Driver:
                 self.device.write(IER, 1, RECEIVED)
 
 
-@pytest.mark.parametrize("kind", ["socket", "pipe", "pty"])
-def test_a_megabyte_both_ways_arrives_complete(kind: str) -> None:
-    output = random.Random(1).randbytes(MB)
-    keyboard = random.Random(2).randbytes(MB)
+@pytest.mark.parametrize(("kind", "size"), [("socket", MB), ("pipe", 100_000), ("pty", 100_000)])
+def test_what_goes_both_ways_arrives_complete(kind: str, size: int) -> None:
+    output = random.Random(1).randbytes(size)
+    keyboard = random.Random(2).randbytes(size)
     irq = Irq()
     backend, in_fd, out_fd, close = ends(kind)
     port = SerialPort(irq.fd, backend)
@@ -174,6 +174,33 @@ def ends(kind: str) -> tuple[Backend, int, int, Callable[[], object]]:
     assert backend.pty_path is not None
     fd = os.open(backend.pty_path, os.O_RDWR | os.O_NOCTTY)
     return backend, fd, fd, lambda: os.close(fd)
+
+
+def test_the_line_rests_between_one_fifo_and_the_next() -> None:
+    """A driver that reads until nothing is left comes to an end, and what it read is processed."""
+    near, far = socket.socketpair()
+    rests = 0
+    with near, far, running(Fds(near, near)) as port:
+        set_up(port.device, interrupts=RECEIVED | THRE)
+        for round_ in range(20):
+            far.send(bytes(range(40)))
+            wait_until(lambda: port.device.pending_input == 24)
+            time.sleep(0.01)  # a slow guest, for which the line rests long
+            first = receive_all(port.device)
+            rests += len(first) == 16
+            assert first + hear(port, 40 - len(first)) == bytes(range(40)), round_
+    assert rests > 0
+
+
+def test_input_goes_on_after_its_end_at_the_guests_pace(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_bytes(random.Random(3).randbytes(10_000))
+    with script.open("rb") as source, open("/dev/null", "wb") as sink:
+        port = SerialPort(-1, Fds(source, sink))
+    set_up(port.device)
+    port.start()
+    assert hear(port, 10_000) == script.read_bytes()
+    port.close()
 
 
 # -- ends and errors ---------------------------------------------------------------------
