@@ -13,7 +13,9 @@ KVM      := $(PYTHON) -m tests.testbed --if-needed kvm --results $(RESULTS) --
 
 export PYTHONDONTWRITEBYTECODE=
 
-.PHONY: help setup build demo test lint test-unit test-kvm test-linux test-pythons clean distclean
+SHELL := /bin/bash
+
+.PHONY: help setup build demo test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-pythons clean distclean
 
 help:
 	@echo 'make demo          boot Debian with 4 vCPUs, add 4, bring them online, reboot: the whole story'
@@ -40,7 +42,8 @@ build: setup .venv/build.stamp
 
 demo: build
 	@$(PYTHON) -m compileall -q chv examples tests
-	@$(LINUX) $(PYTHON) -u -m examples.demo
+	@$(LINUX) $(PYTHON) -u -m examples.hotplug_demo \
+	    --kernel .cache/guests/6.12/bzImage --initramfs .cache/guests/6.12/initramfs
 
 test: setup
 	@$(PYTHON) -m tests.report lint test-unit test-kvm test-linux test-pythons
@@ -58,12 +61,17 @@ test-kvm: build
 	@mkdir -p $(JUNIT)
 	$(KVM) $(PYTEST) tests/kvm --junitxml=$(JUNIT)/test-kvm.xml
 
+# In two halves at the same time: a testbed has one CPU.
 # Compiled here, where it is quick: bytecode of the package and, by collecting them once, of the tests.
 test-linux: build
 	@mkdir -p $(JUNIT)
 	@$(PYTHON) -m compileall -q chv tests
 	@$(PYTEST) --collect-only tests/linux >/dev/null || true
-	$(LINUX) $(PYTEST) tests/linux -v --junitxml=$(JUNIT)/test-linux.xml --chv-logs=$(RESULTS)/consoles
+	@$(MAKE) --no-print-directory --keep-going -j2 test-linux-1 test-linux-2
+
+test-linux-1 test-linux-2: test-linux-%:
+	@set -o pipefail; $(LINUX) $(PYTEST) tests/linux --part $*/2 -v --junitxml=$(JUNIT)/test-linux-$*.xml \
+	    --chv-logs=$(RESULTS)/consoles 2>&1 | sed -u 's/^/[$*] /'
 
 test-pythons: build
 	@tools/test_pythons.sh $(JUNIT)

@@ -13,10 +13,13 @@ mkdir -p "$JUNIT"
 export CHV_CACHE=$CACHE PIP_DISABLE_PIP_VERSION_CHECK=1
 failed=0
 
+
 loudly_if_failed() {
-    if ! "$@" >"$WORK/log" 2>&1; then
+    local log
+    log=$(mktemp "$WORK/log-XXXXXX")
+    if ! "$@" >"$log" 2>&1; then
         echo "pythons: failed: $*"
-        tail -n 60 "$WORK/log"
+        tail -n 60 "$log"
         return 1
     fi
 }
@@ -37,9 +40,18 @@ with_python() {
         -o junit_suite_name="python-$version" --junitxml="$JUNIT/test-python-$version.xml")
 }
 
+# Two at a time: compiling is most of it.
+running=()
 for python in $(tools/pythons.sh); do
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     echo "pythons: $version ($python)"
-    with_python "$python" "$version" || failed=1
+    with_python "$python" "$version" >"$WORK/output-$version" 2>&1 &
+    running+=("$!:$version")
+    if [ $(( ${#running[@]} % 2 )) = 0 ]; then wait; fi
+done
+for entry in "${running[@]}"; do
+    wait "${entry%%:*}" || failed=1
+    echo "===== Python ${entry#*:} ====="
+    cat "$WORK/output-${entry#*:}"
 done
 exit $failed
