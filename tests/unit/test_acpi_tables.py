@@ -1,9 +1,8 @@
 """The ACPI tables: their bytes by the specification, and what ACPICA's compiler makes of them.
 
-fwts is not run here: Debian 12 does not have it. What the sources of its FADT test look at (reserved
-fields, fields that mean nothing on a hardware-reduced machine, pointers, register widths) is tested
-here instead. Two of its findings are to be expected, FADTRHWNonZero and FADTRHWFlagsNonZero: this
-machine has a PM timer on purpose (X_PM_TMR_BLK, TMR_VAL_EXT), as Cloud Hypervisor's has.
+What fwts says of them is in test_acpi_fwts.py. As not every machine has fwts, what its FADT test looks at
+(reserved fields, fields that mean nothing on a hardware-reduced machine, pointers, register widths) is
+tested here too; so is what it does not see in a dump: the RSDP's checksums and where pointers lead.
 """
 
 from __future__ import annotations
