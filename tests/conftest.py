@@ -4,5 +4,24 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
+import pytest
+
 # Where chv is installed pytest finds its plugin by itself; a checkout that was only built has it here.
 pytest_plugins = [] if entry_points(group="pytest11", name="chv") else ["chv.testing.plugin"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part",
+        default="1/1",
+        metavar="N/M",
+        help="run every Mth test, beginning with the Nth, counted from 1",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the other parts to others, which run at the same time."""
+    number, count = (int(field) for field in config.getoption("--part").split("/"))
+    if count > 1:
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != number - 1])
+        items[:] = items[number - 1 :: count]

@@ -11,6 +11,7 @@ import shlex
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol, Self
 
 from .errors import CommandFailed, ConsoleClosed, ConsoleTimeout, LoginFailed
@@ -80,13 +81,16 @@ class Console:
     All that comes is read at once and kept, in :attr:`log`. Waiting goes forward: each
     :meth:`wait_for` starts looking behind what the last one found. Timeouts are in seconds;
     where one passes, :class:`ConsoleTimeout` shows the console's last lines. The descriptors
-    stay the caller's: close them after the console.
+    stay the caller's: close them after the console. ``log_file`` is written while the guest runs,
+    so it is there whatever happens to this process.
     """
 
-    def __init__(self, read: int | _HasFileno, write: int | _HasFileno | None = None) -> None:
+    def __init__(
+        self, read: int | _HasFileno, write: int | _HasFileno | None = None, *, log_file: Path | None = None
+    ) -> None:
         self._read = read  # kept, so that a socket is not closed by the garbage collector meanwhile
         self._write = read if write is None else write
-        self._log = Log(_fileno(self._read))
+        self._log = Log(_fileno(self._read), log_file)
         self._position = 0
         self._lock = threading.RLock()
 

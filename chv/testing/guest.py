@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,10 +19,11 @@ class Guest:
 
     Takes what VM takes, apart from ``serial``, and passes on everything that VM has
     (``boot``, ``resize``, ``info``, ...). The command line gets ``console=ttyS0`` unless it
-    names a console. Leaving the ``with`` block deletes the VM; the console's log stays.
+    names a console. ``console_file`` gets what the guest prints while it runs. Leaving the
+    ``with`` block deletes the VM; the console's log stays.
     """
 
-    def __init__(self, **parts: Any) -> None:
+    def __init__(self, *, console_file: Path | None = None, **parts: Any) -> None:
         from ..vm import VM
 
         if "console=" not in (parts.get("cmdline") or ""):
@@ -33,7 +35,7 @@ class Guest:
             self._ours.close()
             self._theirs.close()
             raise
-        self.console = Console(self._ours)
+        self.console = Console(self._ours, log_file=console_file)
         self.timeout = 60.0
 
     def __getattr__(self, name: str) -> Any:

@@ -8,6 +8,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, TypeVar
 
 T = TypeVar("T")
@@ -25,10 +26,11 @@ class Log:
 
     ``raw`` is every byte; ``text`` is the same without escape sequences and with bare
     newlines as line ends; what overwrites a line is a line of its own there. Whether the
-    descriptor blocks does not matter and is not changed.
+    descriptor blocks does not matter and is not changed. ``file`` gets the bytes as they come.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, file: Path | None = None) -> None:
+        self._file = None if file is None else file.open("wb", buffering=0)
         self._fd = fd
         self._raw = bytearray()
         self._text = bytearray()
@@ -110,6 +112,8 @@ class Log:
             self._stop_write = -1
             self._thread.join()
             os.close(self._stop_read)
+            if self._file is not None:
+                self._file.close()
 
     def _read_all(self) -> None:
         poller = select.poll()
@@ -126,6 +130,8 @@ class Log:
                 break  # a pty whose other end was closed (EIO), or a connection reset
             if not data:
                 break
+            if self._file is not None:
+                self._file.write(data)
             with self._changed:
                 self._add(data)
                 self._changed.notify_all()

@@ -5,6 +5,7 @@ Installed with chv, it costs a test run that does not use it nothing but this fi
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -55,20 +56,18 @@ def vm_factory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Calla
     guests: list[Guest] = []
     request.node.stash[_guests] = guests
 
-    def make(**parts: Any) -> Guest:
-        guest = Guest(**vm_parts(request.node, parts))
-        guest.timeout = float(option(request.config, "timeout") or 60)
-        guests.append(guest)
-        return guest
+    with contextlib.ExitStack() as closing:
 
-    yield make
-    logs = option(request.config, "logs")
-    folder = Path(logs) if logs else tmp_path
-    for number, guest in enumerate(guests):
-        try:
-            guest.close()
-        finally:
-            keep_log(folder, request.node.nodeid, number, guest.console.raw_log)
+        def make(**parts: Any) -> Guest:
+            file = log_file(
+                Path(option(request.config, "logs") or tmp_path), request.node.nodeid, len(guests)
+            )
+            guest = closing.enter_context(Guest(console_file=file, **vm_parts(request.node, parts)))
+            guest.timeout = float(option(request.config, "timeout") or 60)
+            guests.append(guest)
+            return guest
+
+        yield make
 
 
 @pytest.fixture
@@ -102,11 +101,11 @@ def option(config: pytest.Config, name: str) -> str:
     return str(config.getoption(f"--chv-{name}") or config.getini(f"chv_{name}") or "")
 
 
-def keep_log(folder: Path, nodeid: str, number: int, log: bytes) -> None:
-    """Write a console's log to a file named after its test."""
+def log_file(folder: Path, nodeid: str, number: int) -> Path:
+    """Where the log of a test's guest goes: a file named after the test."""
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.\[\]-]+", "-", nodeid)[-150:]
-    (folder / f"{name}{f'-{number}' if number else ''}.console").write_bytes(log)
+    return folder / f"{name}{f'-{number}' if number else ''}.console"
 
 
 def guests_of(item: pytest.Item) -> list[Guest]:

@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tests.testbed", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--memory", type=int, default=3072, metavar="MIB", help="default %(default)s")
-    parser.add_argument("--cpus", type=int, default=2, help="default %(default)s")
+    parser.add_argument("--cpus", type=int, default=1, help="default %(default)s; see docs/testing.md")
     parser.add_argument(
         "--modules", default="", metavar="NAME,...", help="more kernel modules, e.g. tun,vhost_net"
     )

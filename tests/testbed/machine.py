@@ -46,16 +46,18 @@ class CommandTimeout(TestbedError):
 class Machine:
     """One running testbed; a context manager that leaves no process and no file behind.
 
-    ``memory`` (MiB) and ``cpus`` are its size. ``results`` is the one folder where what
-    is written inside reaches the host. ``modules`` are loaded besides KVM's. ``live``
-    lets the machine see what the host changes meanwhile, which makes it slower.
+    ``memory`` (MiB) and ``cpus`` are its size; with more than one CPU QEMU's emulation sometimes
+    goes on with stale code after the kernel has patched its own, and the machine dies.
+    ``results`` is the one folder where what is written inside reaches the host. ``modules``
+    are loaded besides KVM's. ``live`` lets the machine see what the host changes meanwhile,
+    which makes it slower.
     """
 
     def __init__(
         self,
         *,
         memory: int = 3072,
-        cpus: int = 2,
+        cpus: int = 1,
         results: Path | None = None,
         modules: Sequence[str] = (),
         live: bool = False,
@@ -211,7 +213,7 @@ class Machine:
             self._lines += data
 
     def _last_words(self) -> str:
-        """The ends of the logs, for the one who asks why the machine is gone; whole ones go to the results."""
+        """The ends of the logs, to say why the machine is gone; the results folder gets them whole."""
         words = []
         for name in ("virtiofsd", "qemu", "console"):
             log = self._folder / f"{name}.log"
@@ -257,7 +259,7 @@ def keeper() -> Path:
     if not program.exists():
         program.parent.mkdir(parents=True, exist_ok=True)
         draft = program.with_name(f"{program.name}.{os.getpid()}")
-        compiler = ["gcc", "-O2", "-Wall", "-static", "-o", draft, source]
+        compiler = ["gcc", "-O2", "-Wall", "-static", "-o", str(draft), str(source)]
         result = subprocess.run(compiler, capture_output=True, text=True, check=False)
         if result.returncode:
             raise TestbedError(f"cannot compile {source}\n{result.stderr}")
