@@ -55,7 +55,7 @@ lint: build
 
 test-unit: build
 	@mkdir -p $(JUNIT)
-	$(PYTEST) tests/unit --junitxml=$(JUNIT)/test-unit.xml
+	$(PYTEST) -n 2 tests/unit --junitxml=$(JUNIT)/test-unit.xml
 
 test-kvm: build
 	@mkdir -p $(JUNIT)

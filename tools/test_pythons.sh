@@ -36,7 +36,7 @@ with_python() {
     local wheel
     wheel=$(echo "$folder"/chv-*.whl)
     loudly_if_failed "$folder/venv/bin/pip" install "${wheel}[test]" || return
-    (cd "$folder/checkout" && "$folder/venv/bin/python" -m pytest -q tests/unit -p no:cacheprovider \
+    (cd "$folder/checkout" && "$folder/venv/bin/python" -m pytest -q -n 2 tests/unit -p no:cacheprovider \
         -o junit_suite_name="python-$version" --junitxml="$JUNIT/test-python-$version.xml")
 }
 
