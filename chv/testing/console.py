@@ -198,8 +198,9 @@ class Console:
             first = f"_chv_run ID {self._quoted(command, deadline, timeout)}"
             call = first
             for _ in range(_TRIES):
-                answer = self._call(call, deadline)
-                self._position = self._log.size
+                name = secrets.token_hex(4)
+                answer = self._call(call, name, deadline)
+                self._go_behind(f"chv-{name}:end:")
                 if answer is None:
                     # It may still run, and would get in the way of the next command.
                     self.send(b"\x03")
@@ -213,9 +214,16 @@ class Console:
                     call = "_chv_show ID"
             raise ConsoleTimeout(f"the output of {command!r} came damaged {_TRIES} times\n{self.tail}")
 
-    def _call(self, call: str, deadline: float) -> _Answer | None:
+    def _go_behind(self, mark: str) -> None:
+        """Go on behind the line that has a mark; behind everything if a kernel message tore it apart."""
+        text = self._log.text_from(self._position, "surrogateescape")
+        before, found, after = text.partition(mark)
+        line = after.partition("\n")
+        passed = before + found + line[0] + line[1] if found else text
+        self._position += len(passed.encode(errors="surrogateescape"))
+
+    def _call(self, call: str, name: str, deadline: float) -> _Answer | None:
         """Type one call of a shell function: its result, or what to do next; None after the deadline."""
-        name = secrets.token_hex(4)
         start = self._log.raw_size
         self.send(f"{call.replace(' ID', f' {name}', 1)}\n")
         mark = f"chv-{name}".encode()
