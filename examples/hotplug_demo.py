@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tty
 from pathlib import Path
 
 import chv
@@ -48,6 +49,7 @@ class Demo:
         ]  # fmt: skip
         self.say("$ chv " + " ".join(a if " " not in a else f'"{a}"' for a in arguments))
         master, slave = pty.openpty()
+        tty.setraw(slave)  # else it would send a carriage return of its own before each newline
         self._process = subprocess.Popen(
             [sys.executable, "-m", "chv", *arguments],
             stdin=slave,
