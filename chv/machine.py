@@ -17,7 +17,6 @@ from ._bus import Bus, SlotNames
 from ._kvm import Kvm, KvmVm
 from ._kvmrun import install_kick_handler
 from .acpi.ged import Ged
-from .acpi.machine import machine_tables
 from .acpi.power import PowerRegisters
 from .cpu_hotplug import CpuHotplug
 from .cpuid import GuestCpuid, Topology
@@ -25,6 +24,7 @@ from .devices._debug_port import DebugPort
 from .devices._timer import PmTimer
 from .devices.cmos import Cmos
 from .devices.i8042 import I8042
+from .dsdt import machine_tables
 from .errors import ConfigError, KvmError
 from .interrupts import Irq
 from .ranges import NO_LIMIT, PIO_LIMIT, PORTS

@@ -26,6 +26,14 @@ _MODE_EXTINT = 7 << 8
 _BOOT_MSRS = {0x2FF: 0x806, 0x1A0: 1}
 
 
+_this_thread = threading.local()
+
+
+def runs_this_thread() -> bool:
+    """Whether the caller is a device handler, on a vCPU's thread."""
+    return getattr(_this_thread, "is_vcpu", False)
+
+
 class Vcpu:
     """A vCPU and the thread that runs it.
 
@@ -101,6 +109,7 @@ class Vcpu:
 
     def _main(self) -> None:
         leave_signals_to_main(keep=[KICK_SIGNAL])
+        _this_thread.is_vcpu = True
         try:
             self._run_until_stopped()
         finally:

@@ -9,12 +9,12 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from . import exits, layout, ranges
+from . import exits, layout, ranges, vcpu
 from ._bus import SlotNames
 from .acpi.ged import Event
 from .config import ConsoleMode, VmConfig, VmState, make_config, validate
@@ -159,7 +159,7 @@ class VM:
         self._add_range(Range("mmio", base, size, handler, name or type(handler).__name__))
 
     def _add_range(self, new: Range) -> None:
-        with self._lock:
+        with self._locked():
             self._check_not_deleted()
             serial = self.config.serial.mode is not ConsoleMode.OFF
             ranges.check([*self._ranges, new], memory_size=self.config.memory.size, serial=serial)
@@ -182,7 +182,7 @@ class VM:
         :class:`chv.errors.ImageError` for a kernel that cannot be loaded,
         :class:`chv.errors.KvmError` when the host refuses.
         """
-        with self._lock:
+        with self._locked():
             if self._state is VmState.PAUSED:
                 self.resume()
                 return
@@ -204,14 +204,14 @@ class VM:
 
     def pause(self) -> None:
         """Stop all vCPUs between two instructions; the guest's clock stands still until :meth:`resume`."""
-        with self._lock:
+        with self._locked():
             self._check_running("pause")
             self._need_machine().pause()
             self._set_state(VmState.PAUSED)
 
     def resume(self) -> None:
         """Go on after :meth:`pause`."""
-        with self._lock:
+        with self._locked():
             if self._state is not VmState.PAUSED:
                 raise StateError(f"resume: the VM is {self._state.value}; only a Paused one can go on")
             self._need_machine().resume()
@@ -219,13 +219,13 @@ class VM:
 
     def shutdown(self) -> None:
         """Switch the power off, without asking the guest; :meth:`boot` starts it again."""
-        with self._lock:
+        with self._locked():
             self._check_transition(VmState.SHUTDOWN, "shut down")
             self._power_off()
 
     def reboot(self) -> None:
         """Reset the machine, without asking the guest; resized vCPUs remain."""
-        with self._lock:
+        with self._locked():
             self._check_not_deleted()
             if self._machine is None:
                 raise StateError(
@@ -235,13 +235,13 @@ class VM:
 
     def power_button(self) -> None:
         """Press the power button; a guest that listens shuts down."""
-        with self._lock:
+        with self._locked():
             self._check_running("power-button")
             self._need_machine().ged.notify(Event.POWER_BUTTON)
 
     def delete(self) -> None:
         """Switch off and forget the VM; a second call does nothing. What :meth:`wait` waits for ends."""
-        with self._lock:
+        with self._locked():
             if self._deleted:
                 return
             if self._machine is not None:
@@ -306,7 +306,7 @@ class VM:
         """
         if desired_balloon is not None:
             raise NotSupportedYet("desired_balloon: there is no balloon device yet")
-        with self._lock:
+        with self._locked():
             self._check_not_deleted()
             if desired_ram is not None and desired_ram != self.config.memory.size:
                 raise NotSupportedYet(
@@ -347,7 +347,7 @@ class VM:
     @property
     def cpus(self) -> list[VcpuState]:
         """The state of each possible vCPU, by number."""
-        with self._lock:
+        with self._locked():
             machine = self._machine
             if machine is None:
                 boot, maximum = self.config.cpus.boot_vcpus, self.config.cpus.max_vcpus
@@ -363,7 +363,7 @@ class VM:
         says what a resize still waits for: vCPUs that the guest has not acknowledged, not given back,
         or refused to give back.
         """
-        with self._lock:
+        with self._locked():
             cpus = self.cpus
             machine = self._machine
             slots = [] if machine is None else machine.hotplug.slots
@@ -385,7 +385,7 @@ class VM:
     @property
     def exits(self) -> exits.Exits:
         """KVM exits so far, by reason and by device, with latencies; also over reboots."""
-        with self._lock:
+        with self._locked():
             parts = [self._past_exits]
             if self._machine is not None:
                 parts.append(self._machine.statistics())
@@ -393,7 +393,7 @@ class VM:
 
     def counters(self) -> dict[str, dict[str, int]]:
         """What ``vm.counters`` of the REST API answers: exits by reason, accesses by device."""
-        with self._lock:
+        with self._locked():
             self._need_machine()
             found = self.exits
         result = {"__exits": {name: stats.count for name, stats in found.reasons.items()}}
@@ -507,7 +507,7 @@ class VM:
 
     def _handle(self, machine: Machine, event: str, error: BaseException | None) -> None:
         """What a guest asked for, in the control thread; what goes wrong there, :meth:`wait` raises."""
-        with self._lock:
+        with self._locked():
             if machine is not self._machine:
                 return  # of an incarnation that is gone
             try:
@@ -530,13 +530,21 @@ class VM:
 
     def _repeat_events(self) -> bool:
         """Signal again what the guest has not read; whether there is such."""
-        with self._lock:
+        with self._locked():
             machine = self._machine
             if machine is None or self._state is not VmState.RUNNING:
                 return False
             return machine.ged.repeat()
 
     # -- checks ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the VM's lock. Not for a device handler: who holds it may be waiting for that vCPU."""
+        if vcpu.runs_this_thread():
+            raise StateError("a device handler may not call methods of a VM; use another thread")
+        with self._lock:
+            yield
 
     def _set_state(self, state: VmState) -> None:
         with self._changed:

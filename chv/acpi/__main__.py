@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from ..dsdt import machine_tables
 from ..errors import ConfigError
-from .machine import machine_tables
 
 
 def cpus(text: str) -> tuple[int, int]:

@@ -168,6 +168,22 @@ def test_a_device_that_returns_junk_is_named_by_wait() -> None:
             vm.wait(10)
 
 
+@pytest.mark.parametrize("call", ["pause", "reboot", "shutdown", "delete", "power_button"])
+def test_a_device_that_calls_its_vm_gets_an_error_and_no_deadlock(call: str) -> None:
+    class Meddler:
+        def read(self, offset: int, size: int) -> int:
+            getattr(vm, call)()
+            return 0
+
+        def write(self, offset: int, size: int, value: int) -> None: ...
+
+    with tiny_vm("e4 40 ; in al, 0x40\n" + FOREVER) as vm:
+        vm.add_pio(0x40, 1, Meddler())
+        vm.boot()
+        with pytest.raises(chv.StateError, match="a device handler may not call"):
+            vm.wait(10)
+
+
 def test_wait_returns_false_when_time_is_up() -> None:
     with booted_vm(FOREVER) as vm:
         assert vm.wait(0.05) is False

@@ -21,8 +21,8 @@ from unittest import mock
 from chv import cpu_hotplug
 from chv.acpi.__main__ import cpus
 from chv.acpi.aml import Arg0, If, LLess, Method, Return
-from chv.acpi.machine import machine_tables
 from chv.acpi.tables import AcpiTables
+from chv.dsdt import machine_tables
 
 ALL: Final = ("--acpitests", "--acpicompliance", "apicedge", "osilinux", "syntaxcheck", "uniqueid")
 NOT_ABOUT_THE_TABLES: Final = {

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from chv import cpu_hotplug, layout
-from chv.acpi import ged, machine, power, tables
+from chv.acpi import ged, power, tables
 from chv.acpi.aml import RegionSpace
+from chv.dsdt import machine_tables
 
 from . import acpica
 from .acpica import Acpiexec, accesses, notifications
@@ -247,7 +248,7 @@ DEVICES = {"MBRD", "RTC_", "COM1", "PWRB", "CPUS", "GED_"}
 )
 def test_the_whole_dsdt_loads(maximum: int, serial: bool, pci: bool, tmp_path: Path) -> None:
     """On a hardware-reduced machine, as ours is, with registers of all ones: every processor is there."""
-    dsdt = machine.machine_tables(1, maximum, serial=serial, pci=pci).tables["DSDT"]
+    dsdt = machine_tables(1, maximum, serial=serial, pci=pci).tables["DSDT"]
     acpi = Acpiexec(tmp_path, dsdt)
     last = f"\\_SB.CPUS.C{maximum - 1:03X}"
     output = acpi(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from chv.acpi.machine import machine_tables
 from chv.acpi.tables import DSDT, FADT, MADT, AcpiTables, checksum
+from chv.dsdt import machine_tables
 
 from . import acpica, fwts_dump
 from .fwts_dump import Finding, Result

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chv import layout
-from chv.acpi import machine, tables
+from chv import dsdt, layout
+from chv.acpi import tables
 from chv.acpi.__main__ import main
-from chv.acpi.machine import machine_tables
 from chv.acpi.tables import AcpiTables
+from chv.dsdt import machine_tables
 from chv.errors import ConfigError
 
 from . import acpica
@@ -113,7 +113,7 @@ def test_too_many_for_the_room() -> None:
 
 
 def test_the_last_byte_counts() -> None:
-    bodies = machine.bodies(1)
+    bodies = dsdt.bodies(1)
     end = tables.build(1, 1, bodies).end
     assert tables.build(1, 1, bodies, end=end).end == end
     with pytest.raises(ConfigError, match="ACPI tables"):

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .. import cpu_hotplug, layout
-from . import ged, power, tables
-from .aml import (
+from . import cpu_hotplug, layout
+from .acpi import ged, power, tables
+from .acpi.aml import (
     EISAID,
     IO,
     Device,
-    Interrupt,
     Memory32Fixed,
     Name,
     ResourceTemplate,
     Scope,
-    String,
 )
+from .devices import cmos
+from .devices import serial as com1
 
 
 def machine_tables(
@@ -38,46 +38,10 @@ def machine_tables(
 
 def bodies(maximum: int, *, serial: bool = True, pci: bool = False) -> list[bytes]:
     """The AML of every part of the machine."""
-    parts = [power.s5_aml(), motherboard_aml(pci=pci), rtc_aml()]
+    parts = [power.s5_aml(), motherboard_aml(pci=pci), cmos.aml()]
     if serial:
-        parts.append(com1_aml())
+        parts.append(com1.aml())
     return [*parts, power.button_aml(), cpu_hotplug.aml(maximum), ged.aml()]
-
-
-def com1_aml() -> bytes:
-    return Scope(
-        "\\_SB",
-        Device(
-            "COM1",
-            Name("_HID", EISAID("PNP0501")),
-            Name("_UID", 0),
-            Name("_DDN", String("COM1")),
-            Name(
-                "_CRS",
-                ResourceTemplate(
-                    IO(layout.COM1_PORT, layout.COM1_PORT, 0, layout.COM1_SIZE),
-                    Interrupt(layout.COM1_GSI, edge=True),
-                ),
-            ),
-        ),
-    )
-
-
-def rtc_aml() -> bytes:
-    return Scope(
-        "\\_SB",
-        Device(
-            "RTC",
-            Name("_HID", EISAID("PNP0B00")),
-            Name(
-                "_CRS",
-                ResourceTemplate(
-                    IO(layout.CMOS_PORT, layout.CMOS_PORT, 0, layout.CMOS_SIZE),
-                    Interrupt(layout.RTC_GSI, edge=True),
-                ),
-            ),
-        ),
-    )
 
 
 def motherboard_aml(*, pci: bool = False) -> bytes:
