@@ -156,7 +156,7 @@ class Machine:
     def _create_vcpu(self, index: int) -> Vcpu:
         vcpu = Vcpu(self._vm, index, self._shared_size, self.pio, self.mmio, self._vcpu_ended)
         self._vcpus[index] = vcpu
-        vcpu.initialize(self._cpuid.entries(index))
+        vcpu.initialize(self._cpuid.entries(index), x2apic=self.maximum > _LAST_XAPIC_VCPUS)
         return vcpu
 
     # -- running --------------------------------------------------------------------------

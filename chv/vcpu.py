@@ -21,6 +21,8 @@ _APIC_LVT_LINT1 = 0x360
 _MODE_NMI = 4 << 8
 _MODE_EXTINT = 7 << 8
 
+_APIC_BASE_X2APIC = 1 << 10  # IA32_APIC_BASE.EXTD, Intel SDM vol. 3A, 11.12.1
+
 # What firmware would have set up: memory is write-back by default (MTRRdefType, Intel SDM vol. 3A 12.11.2.1),
 # fast string instructions are on (IA32_MISC_ENABLE, vol. 4).
 _BOOT_MSRS = {0x2FF: 0x806, 0x1A0: 1}
@@ -72,9 +74,17 @@ class Vcpu:
 
     # -- setting up; no thread runs yet ------------------------------------------
 
-    def initialize(self, cpuid: list[CpuidEntry]) -> None:
-        """Give the vCPU its identity and remember the state that it has after a reset."""
+    def initialize(self, cpuid: list[CpuidEntry], *, x2apic: bool = False) -> None:
+        """Give the vCPU its identity and remember the state that it has after a reset.
+
+        With ``x2apic`` its local APIC is in that mode from the start: Linux ignores APIC ids that
+        xAPIC cannot name unless it finds the boot processor in x2APIC mode.
+        """
         self.kvm.set_cpuid(cpuid)
+        if x2apic:
+            special = self.kvm.special_registers()
+            special["apic_base"] |= _APIC_BASE_X2APIC
+            self.kvm.set_special_registers(special)
         self.kvm.set_msrs(_BOOT_MSRS)
         self.kvm.reset_fpu()
         lapic = bytearray(self.kvm.lapic())
