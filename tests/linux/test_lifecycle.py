@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -38,9 +39,11 @@ def test_pause_leaves_clock_and_load_intact(guest: Callable[..., Guest]) -> None
 def test_reboot_leaks_nothing(guest: Callable[..., Guest]) -> None:
     vm = guest(cpus=2)
     reboot(vm)
+    gc.collect()  # other tests' guests
     before = len(os.listdir("/proc/self/fd")), threading.active_count()
     for command in ("reboot -f", "reboot", "echo b > /proc/sysrq-trigger"):
         reboot(vm, command)
+    gc.collect()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
     assert cpu_list(vm, "online") == "0-1"
 
