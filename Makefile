@@ -70,7 +70,7 @@ test-linux: build
 	@$(MAKE) --no-print-directory --keep-going -j2 test-linux-1 test-linux-2
 
 test-linux-1 test-linux-2: test-linux-%:
-	@set -o pipefail; $(LINUX) $(PYTEST) tests/linux --part $*/2 -v --junitxml=$(JUNIT)/test-linux-$*.xml \
+	@set -o pipefail; $(LINUX) $(PYTHON) -m pytest tests/linux --part $*/2 -v --junitxml=$(JUNIT)/test-linux-$*.xml \
 	    --chv-logs=$(RESULTS)/consoles 2>&1 | sed -u 's/^/[$*] /'
 
 test-pythons: build
