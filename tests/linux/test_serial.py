@@ -22,7 +22,9 @@ def test_login_and_pasting_both_ways(guest: Callable[..., Guest]) -> None:
     assert len(text) > PASTE
     digest = hashlib.md5(text).hexdigest()
     # The terminal echoes all of it, so as many bytes come back at the same time.
-    vm.send("cat > /dev/shm/paste\n")
+    # The shell's line editor does not echo like the terminal does, so wait until it is out of the way.
+    vm.send("echo go; cat > /dev/shm/paste\n")
+    vm.wait_for_text("^go$")
     start = len(vm.console.raw_log)
     vm.send(text)
     vm.send(b"\x04")
