@@ -164,13 +164,14 @@ class Console:
             patience = 1.0
             while True:
                 left = deadline - time.monotonic()
+                seen = self._log.raw_size
                 try:
                     self.wait_for(prompt, max(0.0, min(patience, left)))
                     return
                 except ConsoleTimeout:
                     if left <= patience:
                         raise self._nothing(f"a prompt ({prompt!r})", timeout) from None
-                if self._log.text_from(self._position).strip():
+                if self._log.raw_size == seen and self._log.text_from(self._position).strip():
                     self.send("\n")
                     patience = min(2 * patience, 10.0)
 
@@ -271,8 +272,8 @@ class Console:
 
 def _answer(raw: bytes, mark: bytes) -> _Answer | None:
     """What the guest's answer to a call says, or None if it is not complete."""
-    begin_mark = re.compile(rb"\n%b:begin\r?\n" % mark)
-    end_mark = re.compile(rb"\r?\n%b:end:(\d+):([0-9a-f]{32}) *-:\r?\n" % mark)
+    begin_mark = re.compile(rb"\n%b:begin\r*\n" % mark)
+    end_mark = re.compile(rb"\n%b:end:(\d+):([0-9a-f]{32}) *-:\r*\n" % mark)
     if not end_mark.search(raw[-_MARK_AREA:]) and not end_mark.search(
         _KERNEL_LINE.sub(b"", raw[-_MARK_AREA:])
     ):
@@ -283,9 +284,11 @@ def _answer(raw: bytes, mark: bytes) -> _Answer | None:
     for text in (raw, _KERNEL_LINE.sub(b"", raw)):
         begin, end = begin_mark.search(text), end_mark.search(text)
         if begin is not None and end is not None:
-            output = text[begin.end() : end.start()].replace(b"\r\n", b"\n")
-            if hashlib.md5(output, usedforsecurity=False).hexdigest() == end[2].decode():
-                return _Answer(CommandResult(output.decode(errors="replace"), int(end[1])))
+            lines = text[begin.end() : end.start()] + b"\n"
+            # One terminal on the way makes \r\n of a newline, the next one \r\r\n.
+            for output in (lines.replace(b"\r\n", b"\n"), re.sub(rb"\r+\n", b"\n", lines)):
+                if hashlib.md5(output[:-1], usedforsecurity=False).hexdigest() == end[2].decode():
+                    return _Answer(CommandResult(output[:-1].decode(errors="replace"), int(end[1])))
     return _Answer()
 
 

@@ -139,6 +139,13 @@ def test_new_shell_on_the_same_line(start: Start) -> None:
         console.send("exit\n")
 
 
+def test_wait_for_prompt_types_nothing_into_a_busy_terminal(start: Start) -> None:
+    console = start(["sh", "-c", "for i in 1 2 3 4 5; do echo working; sleep 0.5; done; exec dash -i"])
+    console.wait_for_prompt(20)
+    console.run("true", 10)
+    assert console.log.startswith("working\n" * 5 + "guest:\\w# _chv_run")
+
+
 class Noise:
     """What a kernel does to the line: writes messages at any moment, in the middle of other output too.
 
@@ -150,6 +157,7 @@ class Noise:
         self._every = every
         self.read_end, self._write_end = os.pipe()
         self.messages = 0
+        self.newline = b"\n"
         self._thread = threading.Thread(target=self._copy, daemon=True)
         self._thread.start()
 
@@ -171,7 +179,7 @@ class Noise:
                 )
                 left = next(self._every, 1 << 60)
             left -= len(data)
-            os.write(self._write_end, data)
+            os.write(self._write_end, data.replace(b"\n", self.newline))
         os.close(self._write_end)
 
 
@@ -207,6 +215,16 @@ def test_kernel_messages_in_the_middle(noisy_shell: tuple[Console, Noise]) -> No
         assert result.output == "".join(f"{n}\n" for n in range(200 * number, 200 * number + 301))
         assert result.status == number
     assert noise.messages > 10
+
+
+@pytest.mark.parametrize("noisy_shell", [[]], indirect=True)
+def test_two_terminals_on_the_way(noisy_shell: tuple[Console, Noise]) -> None:
+    """The second one makes a carriage return and newline of each newline once more."""
+    console, noise = noisy_shell
+    noise.newline = b"\r\n"
+    console.wait_for_prompt(10)
+    assert console.run("seq 3", 10).output == "1\n2\n3\n"
+    assert b"1\r\r\n2" in console.raw_log
 
 
 def test_waiting_goes_forward(start: Start) -> None:
