@@ -272,6 +272,8 @@ def test_after_close_signals_have_their_default_action(terminal: tuple[int, int]
 def test_a_child_does_not_restore_its_parents_terminal(terminal: tuple[int, int]) -> None:
     _, slave = terminal
     script = """
+import warnings
+warnings.simplefilter("ignore")  # Python 3.12 and later warn of a fork beside threads
 if os.fork() == 0:
     sys.exit()  # runs what atexit has
 os.wait()
