@@ -13,7 +13,6 @@ mkdir -p "$JUNIT"
 export CHV_CACHE=$CACHE PIP_DISABLE_PIP_VERSION_CHECK=1
 failed=0
 
-
 loudly_if_failed() {
     local log
     log=$(mktemp "$WORK/log-XXXXXX")
@@ -36,14 +35,24 @@ with_python() {
     local wheel
     wheel=$(echo "$folder"/chv-*.whl)
     loudly_if_failed "$folder/venv/bin/pip" install "${wheel}[test]" || return
-    (cd "$folder/checkout" && "$folder/venv/bin/python" -m pytest -q -n 2 tests/unit -p no:cacheprovider \
+    (cd "$folder/checkout" && "$folder/venv/bin/python" -m pytest -q tests/unit -p no:cacheprovider \
+        --ignore=tests/unit/test_acpi_fwts.py \
         -o junit_suite_name="python-$version" --junitxml="$JUNIT/test-python-$version.xml")
 }
 
+# The Python of .venv has run these tests already; its wheel is tried only where there is no other.
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+own=$(version_of .venv/bin/python)
+pythons=()
+for python in $(tools/pythons.sh); do
+    [ "$(version_of "$python")" = "$own" ] || pythons+=("$python")
+done
+[ ${#pythons[@]} -gt 0 ] || pythons=("$(tools/pythons.sh | head -n 1)")
+
 # Two at a time: compiling is most of it.
 running=()
-for python in $(tools/pythons.sh); do
-    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+for python in "${pythons[@]}"; do
+    version=$(version_of "$python")
     echo "pythons: $version ($python)"
     with_python "$python" "$version" >"$WORK/output-$version" 2>&1 &
     running+=("$!:$version")
