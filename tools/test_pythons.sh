@@ -28,7 +28,7 @@ loudly_if_failed .venv/bin/python setup.py -q sdist --dist-dir "$WORK/dist" || e
 with_python() {
     local python=$1 version=$2 folder=$WORK/$2
     mkdir -p "$folder/checkout"
-    # The tests and what they read, not the package.
+    # The tests and what they read, not the package: so not those that read its source.
     git ls-files -z -- . ':!chv' | xargs -0 cp --parents -t "$folder/checkout"
     loudly_if_failed "$python" -m venv "$folder/venv" || return
     loudly_if_failed "$folder/venv/bin/pip" wheel --no-deps -w "$folder" "$WORK"/dist/chv-*.tar.gz || return
