@@ -34,8 +34,8 @@ def test_login_and_pasting_both_ways(guest: Callable[..., Guest]) -> None:
     echoed = vm.console.raw_log[start:].translate(None, b"\x11\x13").replace(b"\r\n", b"\n")
     assert text in echoed
     start = len(vm.console.raw_log)
-    vm.send("cat /dev/shm/paste\n")
-    vm.wait_for_prompt(timeout=300)
+    vm.send("cat /dev/shm/paste; echo the-end\n")
+    vm.wait_for_text("^the-end$", timeout=300)
     assert text in vm.console.raw_log[start:].replace(b"\r\n", b"\n")
 
 
