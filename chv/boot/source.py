@@ -61,7 +61,7 @@ class FileSource:
             # O_NONBLOCK: opening a pipe must not wait for its writer.
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = error.strerror if isinstance(error, OSError) else "embedded null byte"
             raise ImageError(f"{self.name}: cannot be opened ({reason})") from error
         self._close = weakref.finalize(self, os.close, fd)
         self._fd = fd
