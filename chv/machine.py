@@ -8,7 +8,6 @@ kernel) belongs to the VM and is handed in.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ from .dsdt import machine_tables
 from .errors import ConfigError, KvmError
 from .interrupts import Irq
 from .ranges import NO_LIMIT, PIO_LIMIT, PORTS
-from .vcpu import Vcpu
+from .vcpu import Vcpu, runs_this_thread
 
 if TYPE_CHECKING:
     from ._bus import Handler
@@ -273,7 +272,7 @@ class Machine:
 
     def close(self) -> None:
         """Stop everything and give all descriptors back. Not from a vCPU's thread."""
-        assert not threading.current_thread().name.startswith("vcpu")
+        assert not runs_this_thread()
         self._stack.close()
 
 
