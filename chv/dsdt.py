@@ -17,6 +17,7 @@ from .acpi.aml import (
 )
 from .devices import cmos
 from .devices import serial as com1
+from .ranges import PORTS
 
 
 def machine_tables(
@@ -46,13 +47,7 @@ def bodies(maximum: int, *, serial: bool = True, pci: bool = False) -> list[byte
 
 def motherboard_aml(*, pci: bool = False) -> bytes:
     """The ports (and with ``pci`` the configuration space) that drivers should not take for free."""
-    ports = [
-        (layout.DEBUG_PORT, layout.DEBUG_PORT_SIZE),
-        (layout.POWER_PORT, layout.POWER_SIZE),
-        (layout.PM_TIMER_PORT, layout.PM_TIMER_SIZE),
-        (layout.CPU_HOTPLUG_PORT, layout.CPU_HOTPLUG_SIZE),
-        (layout.GED_PORT, layout.GED_SIZE),
-    ]
+    ports = [PORTS[name] for name in ("debug-port", "acpi-power", "pm-timer", "cpu-hotplug", "ged")]
     descriptors = [IO(port, port, 0, size) for port, size in ports]
     if pci:
         descriptors.append(Memory32Fixed(layout.ECAM, layout.ECAM_SIZE))
