@@ -5,7 +5,7 @@ RESULTS  := .work/results
 JUNIT    := $(RESULTS)/junit
 SOURCES  := $(shell find chv -name '*.pyx' -o -name '*.pxd' -o -name '*.py')
 COMPILED := $(filter %.pyx %.pxd,$(SOURCES))
-PYTEST   := $(PYTHON) -m pytest -q
+PYTEST   := $(PYTHON) -m pytest -q -o timeout=240
 # Runs a command where /dev/kvm runs Linux: here if it does, else in the testbed.
 LINUX    := $(PYTHON) -m tests.testbed --if-needed linux --results $(RESULTS) --modules tun --
 # The same for what needs no more than a /dev/kvm that opens.

@@ -57,12 +57,14 @@ cdef extern from *:
     }
     #define chv_atomic_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define chv_atomic_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define chv_atomic_exchange(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
     """
     uint64_t chv_ticks() nogil
     int chv_install_kick(int sig)
     int chv_unblock_kick(int sig) nogil
     uint8_t chv_atomic_load(uint8_t *p) nogil
     void chv_atomic_store(uint8_t *p, uint8_t v) nogil
+    uint8_t chv_atomic_exchange(uint8_t *p, uint8_t v) nogil
 
 cdef enum:
     UNCLAIMED_PIO_SLOT = 62
@@ -186,8 +188,9 @@ cdef class VcpuRun:
     def kick(self) -> None:
         """Make :meth:`run` return "kicked", now or when it is next called, until :meth:`rearm`."""
         if self.shared is not NULL:
-            chv_atomic_store(&self.shared.immediate_exit, 1)
-            if self.running:
+            # One signal until rearm: real-time signals queue, and a thread that is kicked faster than it
+            # can take them would never get past its handler.
+            if chv_atomic_exchange(&self.shared.immediate_exit, 1) == 0 and self.running:
                 pthread_kill(self.thread, _kick_signal)
 
     def rearm(self) -> None:

@@ -7,7 +7,9 @@ tests, the stage itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 JUNIT = Path(".work/results/junit")
+
+# No stage may take all the time that a CI run has: what hangs is to be named in the summary.
+LIMIT_SECONDS = 40 * 60
 
 
 @dataclass
@@ -48,7 +53,7 @@ def run(target: str) -> list[Stage]:
     started = time.monotonic()
     # This make is not the one that started us: its jobserver is not for this one.
     env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
-    status = subprocess.run(["make", "--no-print-directory", target], env=env, check=False).returncode
+    status = make(target, env)
     seconds = time.monotonic() - started
     stages = [read_junit(path) for path in sorted(set(JUNIT.glob("*.xml")) - before)]
     if not stages:
@@ -59,6 +64,22 @@ def run(target: str) -> list[Stage]:
         if stage.counts["failed"] and not stage.failures:
             stage.failures.append(f"{stage.name}: make {target} ended with status {status}")
     return stages
+
+
+def make(target: str, env: dict[str, str]) -> int:
+    """Run one target in a process group of its own; what is left of it after LIMIT_SECONDS is killed."""
+    command = ["make", "--no-print-directory", target]
+    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, process_group=0)
+    try:
+        return process.wait(LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"{target}: not over after {LIMIT_SECONDS} s, killed", flush=True)
+        return 124
+    finally:
+        for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+                time.sleep(patience if process.poll() is None else 0)
 
 
 def read_junit(path: Path) -> Stage:
