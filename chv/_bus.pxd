@@ -41,6 +41,9 @@ cdef struct bus_table:
     bus_range ranges[1]
 
 cdef enum:
+    MAX_MOVABLE = 256
+
+cdef enum:
     HISTOGRAM_BUCKETS = 256   # four to each power of two of a tick count
     MAX_SLOTS = 2048
 
@@ -65,10 +68,13 @@ cdef class Bus:
     cdef object slots
     cdef list entries
     cdef dict handlers
+    cdef bus_range *movable[MAX_MOVABLE]   # BARs: each stays where it is in memory, only its base changes
+    cdef uint32_t movable_count
     cdef int _access(self, uint64_t address, uint32_t size, uint8_t *data, bint is_write) except? -1
-    cdef bus_range *find(self, uint64_t address, uint64_t size, uint32_t *hint) noexcept nogil
+    cdef bus_range *find(self, uint64_t address, uint64_t size, uint32_t *hint, uint64_t *offset) noexcept nogil
+    cdef bus_range *find_movable(self, uint64_t address, uint64_t size, uint64_t *offset) noexcept nogil
 
-cdef int bus_access(bus_range *entry, uint64_t address, uint32_t size, uint8_t *data,
+cdef int bus_access(bus_range *entry, uint64_t offset, uint32_t size, uint8_t *data,
                     bint is_write, PyObject **error) noexcept nogil
 cdef object take_error(PyObject *error)
 cdef int stats_record(exit_stats *stats, uint32_t slot, bint is_write, uint64_t ticks) noexcept nogil

@@ -19,6 +19,20 @@ cdef extern from *:
     """
     int chv_msb(unsigned long long v) noexcept nogil
 
+cdef extern from *:
+    """
+    #define chv_load64(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+    #define chv_store64(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define chv_load32(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+    #define chv_store32(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    """
+    uint64_t chv_load64(uint64_t *p) noexcept nogil
+    void chv_store64(uint64_t *p, uint64_t v) noexcept nogil
+    uint32_t chv_load32(uint32_t *p) noexcept nogil
+    void chv_store32(uint32_t *p, uint32_t v) noexcept nogil
+
+cdef uint64_t NOWHERE = <uint64_t>-1   # the base of a movable range that is not placed
+
 
 class Handler(Protocol):
     """What a device written in Python has: one range's registers.
@@ -104,6 +118,9 @@ cdef class Bus:
     def __dealloc__(self):
         # Only C data here: a bus that goes with a reference cycle has lost its Python attributes.
         cdef bus_table *older
+        cdef uint32_t i
+        for i in range(self.movable_count):
+            free(self.movable[i])
         while self.table is not NULL:
             older = self.table.older
             free(self.table)
@@ -127,13 +144,7 @@ cdef class Bus:
                 raise BusError(
                     f"{label}: {self.name} range {base:#x}-{base + size - 1:#x} overlaps "
                     f"{other[3]} at {other[0]:#x}-{other[0] + other[1] - 1:#x}")
-        if isinstance(handler, CDevice):
-            if (<CDevice>handler).ops.read is NULL or (<CDevice>handler).ops.write is NULL:
-                raise BusError(f"{label}: the device has no handlers; its __cinit__ must set ops.read and ops.write")
-        else:
-            for method in ("read", "write"):
-                if not callable(getattr(handler, method, None)):
-                    raise BusError(f"{label}: the handler has no {method}() method")
+        _check_handler(handler, label)
         entries = sorted([*self.entries, (base, size, handler, label, self.slots.take(label))],
                          key=lambda entry: entry[0])
         self._publish(entries)
@@ -144,6 +155,45 @@ cdef class Bus:
         if len(entries) == len(self.entries):
             raise BusError(f"no {self.name} range starts at {base:#x}")
         self._publish(entries)
+
+    def add_movable(self, size: int, handler: object, name: str = "") -> int:
+        """A range that has no place yet, such as a BAR; returns the number that :meth:`place` takes.
+
+        It never gets an access that another range or RAM claims; of movable ranges that overlap, the one
+        that was added first wins. So a guest may put it anywhere without harm, as often as it likes.
+        """
+        label = name or type(handler).__name__
+        if not 0 < size < 1 << 63:
+            raise BusError(f"{label}: a size of {size:#x} bytes; allowed is 1 to 2**63 - 1")
+        _check_handler(handler, label)
+        if self.movable_count == MAX_MOVABLE:
+            raise BusError(f"{label}: too many movable ranges; {MAX_MOVABLE} are allowed")
+        cdef bus_range *entry = <bus_range *>calloc(1, sizeof(bus_range))
+        if entry is NULL:
+            raise MemoryError
+        try:
+            _fill(entry, 0, size, handler, self.slots.take(label))
+        except BaseException:
+            free(entry)
+            raise
+        entry.base = NOWHERE
+        self.handlers[id(handler)] = handler
+        self.movable[self.movable_count] = entry
+        chv_store32(&self.movable_count, self.movable_count + 1)
+        return self.movable_count - 1
+
+    def place(self, number: int, base: int | None) -> None:
+        """Move a range of :meth:`add_movable` to ``base``, or nowhere; :class:`BusError` if it does not fit there.
+
+        A vCPU may still be in its handler, called by an access to the old place.
+        """
+        if not 0 <= number < self.movable_count:
+            raise BusError(f"no movable {self.name} range has number {number}")
+        cdef bus_range *entry = self.movable[number]
+        top = self.limit or 1 << 64
+        if base is not None and not 0 <= base <= top - entry.size:
+            raise BusError(f"{base:#x}+{entry.size:#x} does not lie in the {self.name} space (0 to {top - 1:#x})")
+        chv_store64(&entry.base, NOWHERE if base is None else <uint64_t>base)
 
     def ranges(self) -> list:
         """(base, size, name) of each range, in order of address."""
@@ -165,10 +215,11 @@ cdef class Bus:
         cdef uint32_t hint = self.hint
         cdef PyObject *error = NULL
         cdef int result
+        cdef uint64_t offset = 0
         cdef bus_range *entry
         with nogil:
-            entry = self.find(address, size, &hint)
-            result = BUS_OK if entry is NULL else bus_access(entry, address, size, data, is_write, &error)
+            entry = self.find(address, size, &hint, &offset)
+            result = BUS_OK if entry is NULL else bus_access(entry, offset, size, data, is_write, &error)
         self.hint = hint
         if error is not NULL:
             raise take_error(error)
@@ -184,14 +235,16 @@ cdef class Bus:
         self.entries = entries
         self.table = table
 
-    cdef bus_range *find(self, uint64_t address, uint64_t size, uint32_t *hint) noexcept nogil:
+    cdef bus_range *find(self, uint64_t address, uint64_t size, uint32_t *hint, uint64_t *offset) noexcept nogil:
+        """The range that wholly holds the access, and where in it; NULL if there is none."""
         cdef bus_table *table = self.table
         cdef uint32_t low, high, middle
         cdef bus_range *entry
         if hint[0] < table.count:
             entry = &table.ranges[hint[0]]
-            if address - entry.base < entry.size:
-                return entry if entry.size - (address - entry.base) >= size else NULL
+            offset[0] = address - entry.base
+            if offset[0] < entry.size:
+                return entry if entry.size - offset[0] >= size else NULL
         low = 0
         high = table.count
         while low < high:
@@ -203,33 +256,62 @@ cdef class Bus:
                 low = middle + 1
             else:
                 hint[0] = middle
-                return entry if entry.size - (address - entry.base) >= size else NULL
+                offset[0] = address - entry.base
+                return entry if entry.size - offset[0] >= size else NULL
+        return self.find_movable(address, size, offset)
+
+    cdef bus_range *find_movable(self, uint64_t address, uint64_t size, uint64_t *offset) noexcept nogil:
+        cdef uint32_t count = chv_load32(&self.movable_count)
+        cdef bus_range *entry
+        cdef uint64_t base
+        cdef uint32_t i
+        for i in range(count):
+            entry = self.movable[i]
+            # Read once: another vCPU may move the range between the check and the use.
+            base = chv_load64(&entry.base)
+            if base == NOWHERE or address - base >= entry.size:
+                continue
+            offset[0] = address - base
+            return entry if entry.size - offset[0] >= size else NULL
         return NULL
+
+
+cdef int _check_handler(object handler, str label) except -1:
+    if isinstance(handler, CDevice):
+        if (<CDevice>handler).ops.read is NULL or (<CDevice>handler).ops.write is NULL:
+            raise BusError(f"{label}: the device has no handlers; its __cinit__ must set ops.read and ops.write")
+        return 0
+    for method in ("read", "write"):
+        if not callable(getattr(handler, method, None)):
+            raise BusError(f"{label}: the handler has no {method}() method")
+    return 0
+
+
+cdef int _fill(bus_range *entry, base, size, handler, slot) except -1:
+    entry.base = base
+    entry.size = size
+    entry.slot = slot
+    entry.handler = <PyObject *>handler
+    if isinstance(handler, CDevice):
+        entry.ops = (<CDevice>handler).ops
+    return 0
 
 
 cdef bus_table *_build(list entries) except NULL:
     cdef size_t count = len(entries)
     cdef bus_table *table = <bus_table *>calloc(1, sizeof(bus_table) + count * sizeof(bus_range))
-    cdef bus_range *entry
     cdef size_t i
     if table is NULL:
         raise MemoryError
     table.count = count
     for i in range(count):
         base, size, handler, _, slot = entries[i]
-        entry = &table.ranges[i]
-        entry.base = base
-        entry.size = size
-        entry.slot = slot
-        entry.handler = <PyObject *>handler
-        if isinstance(handler, CDevice):
-            entry.ops = (<CDevice>handler).ops
+        _fill(&table.ranges[i], base, size, handler, slot)
     return table
 
 
-cdef int bus_access(bus_range *entry, uint64_t address, uint32_t size, uint8_t *data,
+cdef int bus_access(bus_range *entry, uint64_t offset, uint32_t size, uint8_t *data,
                     bint is_write, PyObject **error) noexcept nogil:
-    cdef uint64_t offset = address - entry.base
     if entry.ops.read is not NULL:
         if is_write:
             return entry.ops.write(entry.ops.ctx, offset, size, data)

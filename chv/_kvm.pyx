@@ -188,20 +188,33 @@ cdef class KvmVm(_Fd):
         region.userspace_addr = address
         call(self.fd, KVM_SET_USER_MEMORY_REGION, &region, "KVM_SET_USER_MEMORY_REGION")
 
-    def route_to_ioapic(self, pins: int) -> None:
-        """Connect GSIs 0 to ``pins`` - 1 to the I/O APIC's pins of the same number, and to nothing else."""
-        cdef size_t size = sizeof(kvm_irq_routing) + pins * sizeof(kvm_irq_routing_entry)
+    def set_routes(self, pins: int, messages: dict) -> None:
+        """Connect GSIs: 0 to ``pins`` - 1 to the I/O APIC's pins of the same number, those in ``messages`` to MSIs.
+
+        ``messages``: GSI -> (address, data), as a PCI function would write them. GSIs in neither go nowhere.
+        """
+        cdef size_t count = pins + len(messages)
+        cdef size_t size = sizeof(kvm_irq_routing) + count * sizeof(kvm_irq_routing_entry)
         cdef kvm_irq_routing *routing = <kvm_irq_routing *>calloc(1, size)
         cdef uint32_t i
+        cdef uint32_t pin_count = pins
+        cdef kvm_irq_routing_entry *entry
         if routing is NULL:
             raise MemoryError
         try:
-            routing.nr = pins
-            for i in range(routing.nr):
+            routing.nr = count
+            for i in range(pin_count):
                 routing.entries[i].gsi = i
                 routing.entries[i].type = KVM_IRQ_ROUTING_IRQCHIP
                 routing.entries[i].u.irqchip.irqchip = KVM_IRQCHIP_IOAPIC
                 routing.entries[i].u.irqchip.pin = i
+            for i, (gsi, (address, data)) in enumerate(messages.items(), pins):
+                entry = &routing.entries[i]
+                entry.gsi = gsi
+                entry.type = KVM_IRQ_ROUTING_MSI
+                entry.u.msi.address_lo = address & 0xFFFFFFFF
+                entry.u.msi.address_hi = address >> 32
+                entry.u.msi.data = data
             call(self.fd, KVM_SET_GSI_ROUTING, routing, "KVM_SET_GSI_ROUTING")
         finally:
             free(routing)

@@ -276,7 +276,8 @@ cdef class VcpuRun:
         cdef uint32_t count = run.io.count
         cdef uint64_t port = run.io.port
         cdef uint8_t *data = <uint8_t *>run + run.io.data_offset
-        cdef bus_range *entry = self.pio.find(port, size, &self.pio_hint)
+        cdef uint64_t offset = 0
+        cdef bus_range *entry = self.pio.find(port, size, &self.pio_hint, &offset)
         cdef int result = BUS_OK
         cdef uint32_t i
         if entry is NULL:
@@ -286,7 +287,7 @@ cdef class VcpuRun:
             return BUS_OK
         # A string instruction brings many elements in one exit; each is an access of its own.
         for i in range(count):
-            result = bus_access(entry, port, size, data + i * size, is_write, &self.error)
+            result = bus_access(entry, offset, size, data + i * size, is_write, &self.error)
             if result != BUS_OK:
                 break
         stats_record(&self.stats, entry.slot, is_write, chv_ticks() - start)
@@ -299,8 +300,9 @@ cdef class VcpuRun:
         cdef uint8_t *data = run.mmio.data
         cdef bus_range *entry
         cdef uint32_t piece
+        cdef uint64_t offset = 0
         cdef int result = BUS_OK
-        entry = self.mmio.find(address, length, &self.mmio_hint)
+        entry = self.mmio.find(address, length, &self.mmio_hint, &offset)
         if entry is NULL:
             if not is_write:
                 memset(data, 0xFF, length)
@@ -309,8 +311,8 @@ cdef class VcpuRun:
         # An access that crosses a page comes in parts of any length; devices see 8, 4, 2 or 1 bytes.
         while length and result == BUS_OK:
             piece = 8 if length >= 8 else 4 if length >= 4 else 2 if length >= 2 else 1
-            result = bus_access(entry, address, piece, data, is_write, &self.error)
-            address += piece
+            result = bus_access(entry, offset, piece, data, is_write, &self.error)
+            offset += piece
             data += piece
             length -= piece
         stats_record(&self.stats, entry.slot, is_write, chv_ticks() - start)

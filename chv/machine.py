@@ -25,7 +25,7 @@ from .devices.cmos import Cmos
 from .devices.i8042 import I8042
 from .dsdt import machine_tables
 from .errors import ConfigError, KvmError
-from .interrupts import Irq
+from .interrupts import GsiRoutes, Irq
 from .ranges import NO_LIMIT, PIO_LIMIT, PORTS
 from .vcpu import Vcpu, runs_this_thread
 
@@ -113,7 +113,7 @@ class Machine:
         vm.create_irqchip()
         # KVM also connects GSIs 0 to 15 to its PICs. A hardware-reduced kernel never sets those up, so
         # they would deliver what comes early as vector 0 and up, which are exceptions.
-        vm.route_to_ioapic(layout.IOAPIC_PINS)
+        self.routes = GsiRoutes(vm, layout.IOAPIC_PINS)
         if self.maximum > _LAST_XAPIC_VCPUS:
             vm.enable_x2apic_api(_X2APIC_32BIT_IDS | _X2APIC_NO_BROADCAST_QUIRK)
         for slot, region in enumerate(self.memory.regions):
