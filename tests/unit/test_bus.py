@@ -324,3 +324,104 @@ def test_the_address_of_a_buffer() -> None:
     assert ctypes.string_at(address, 3) == b"abc"
     with pytest.raises((BufferError, ValueError, TypeError)):
         buffer_address(b"read only")
+
+
+# -- ranges that move ------------------------------------------------------------------------
+
+
+def test_a_movable_range_answers_where_it_is_placed() -> None:
+    bus, cell = make_bus(), Cell(5)
+    number = bus.add_movable(0x10, cell, "bar")
+    assert bus.read(0, 1) == 0xFF, "nowhere at first, also not around address 0"
+    bus.place(number, 0x100)
+    assert bus.read(0x102, 1) == 0x52
+    assert bus.read(0x10F, 2) == 0xFFFF, "an access that crosses its end is unclaimed"
+    bus.place(number, 0x200)
+    assert bus.read(0x102, 1) == 0xFF
+    assert bus.read(0x203, 1) == 0x53
+    bus.place(number, None)
+    assert bus.read(0x203, 1) == 0xFF
+
+
+def test_fixed_ranges_come_before_movable_ones_and_older_before_newer() -> None:
+    bus, fixed, first, second = make_bus(), Cell(1), Cell(2), Cell(3)
+    older, newer = bus.add_movable(0x10, first), bus.add_movable(0x10, second)
+    bus.add(0x104, 4, fixed)
+    bus.place(newer, 0x100)
+    assert bus.read(0x100, 1) == 0x30
+    bus.place(older, 0x100)
+    assert bus.read(0x100, 1) == 0x20
+    assert bus.read(0x105, 1) == 0x11
+    bus.remove(0x104)
+    assert bus.read(0x105, 1) == 0x25
+
+
+def test_a_movable_range_may_end_with_the_address_space_but_not_pass_it() -> None:
+    bus = make_bus()
+    number = bus.add_movable(0x10, Cell(1))
+    bus.place(number, 0xFFF0)
+    assert bus.read(0xFFFF, 1) == 0x1F
+    for base in (0xFFF1, -1, 1 << 64):
+        with pytest.raises(BusError, match="does not lie in the pio space"):
+            bus.place(number, base)
+    with pytest.raises(BusError, match="no movable pio range has number 7"):
+        bus.place(7, 0)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1 << 63])
+def test_a_movable_range_has_a_sensible_size(size: int) -> None:
+    with pytest.raises(BusError, match="allowed is 1 to"):
+        make_bus().add_movable(size, Cell())
+
+
+def test_too_many_movable_ranges_are_refused() -> None:
+    bus, cell = make_bus(), Cell()
+    for _ in range(256):
+        bus.add_movable(1, cell, "bar")
+    with pytest.raises(BusError, match="256 are allowed"):
+        bus.add_movable(1, cell, "bar")
+
+
+def test_moving_a_range_takes_no_memory() -> None:
+    bus = make_bus()
+    number = bus.add_movable(0x10, Cell(1))
+    before = resident_kib()
+    for step in range(200_000):
+        bus.place(number, step & 0xFF00)
+    assert resident_kib() - before < 4096
+
+
+def resident_kib() -> int:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * 4
+
+
+def test_accesses_while_a_range_moves_are_claimed_wholly_or_not_at_all() -> None:
+    bus = make_bus(0)
+    seen: set[int] = set()
+
+    class Offsets:
+        def read(self, offset: int, size: int) -> int:
+            seen.add(offset)
+            return offset
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            raise AssertionError("nobody writes")
+
+    number = bus.add_movable(0x10, Offsets())
+    over = threading.Event()
+
+    def move() -> None:
+        while not over.is_set():
+            bus.place(number, 0x1000)
+            bus.place(number, 0x1008)
+
+    thread = threading.Thread(target=move)
+    thread.start()
+    try:
+        for _ in range(2000):
+            assert bus.read(0x100C, 4) in (0xC, 4)
+    finally:
+        over.set()
+        thread.join()
+    assert seen <= {0xC, 4}
