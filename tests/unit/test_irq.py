@@ -1,4 +1,4 @@
-"""Interrupts of PCI devices: by message, by pin, or not at all. No VM: what reaches KVM is seen in its stead."""
+"""Interrupts of PCI devices: by message, by pin, or not at all; what would reach KVM is seen in its stead."""
 
 from __future__ import annotations
 
