@@ -30,6 +30,10 @@ BASE_MODULES = ("overlay", "irqbypass", "kvm", "kvm_amd")
 PORTS = ("control", "stdout", "stderr")
 VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 START_TIMEOUT = 120.0
+WAKE_SECONDS = 0.5
+"""How often a silent machine is interrupted. QEMU's emulation loses a short timer now and then; a machine
+that waits for nothing else would stand still for ever, and goes on at the next interrupt."""
+
 KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on"
 
 
@@ -199,10 +203,13 @@ class Machine:
             if newline:
                 self._lines = rest
                 return "control", line
-            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = self._selector.select(wait)
+            left = WAKE_SECONDS if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = self._selector.select(min(left, WAKE_SECONDS))
             if not ready:
-                raise CommandTimeout("the command took too long")
+                if left <= WAKE_SECONDS and deadline is not None:
+                    raise CommandTimeout("the command took too long")
+                self._say("wake")
+                continue
             # Output before control lines: what a command printed comes before its exit status.
             key = max((key for key, _ in ready), key=lambda key: key.data != "control")
             data = os.read(key.fd, 65536)
