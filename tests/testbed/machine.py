@@ -30,7 +30,7 @@ BASE_MODULES = ("overlay", "irqbypass", "kvm", "kvm_amd")
 PORTS = ("control", "stdout", "stderr")
 VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 START_TIMEOUT = 120.0
-WAKE_SECONDS = 0.5
+WAKE_SECONDS = 0.2
 """How often a silent machine is interrupted. QEMU's emulation loses a short timer now and then; a machine
 that waits for nothing else would stand still for ever, and goes on at the next interrupt."""
 
