@@ -32,6 +32,9 @@ READY = "guest: ready"
 MODULES = ("button", "evdev")
 """The power button needs both: one makes the key press, one lets /init read it."""
 
+DRIVERS = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtio-rng", "ext4")
+"""Loaded if the command line has guest.devices: most tests look at other things and boot quicker without."""
+
 PROGRAMS = ("lscpu",)
 """Programs of this machine that go in with their shared libraries; the rest is busybox."""
 
@@ -46,6 +49,11 @@ def initramfs(kernel: Kernel, modules: Sequence[str] = MODULES) -> Path:
     for program in PROGRAMS:
         add_program(archive, program)
     add_modules(archive, kernel, modules)
+    archive.folder("lib/modules/devices")
+    loaded = load_order(kernel, modules)
+    drivers = [module for module in load_order(kernel, DRIVERS) if module not in loaded]
+    for number, module in enumerate(drivers):
+        archive.file(f"lib/modules/devices/{number:02}-{module.name}", module.read_bytes())
     data = archive.data()
     path = cache() / "guests" / f"initramfs-{kernel.release}-{digest([data])}.cpio"
     return path if path.exists() else write_whole(path, data)
