@@ -33,6 +33,8 @@ cdef class RamMap:
     """The C view of a GuestMemory; keeps it alive."""
     cdef ram_map map
     cdef readonly object memory
+    cdef tuple mappings     # the regions' mmap objects
+    cdef object view(self, const iovec *buffer)
 
 # -- queues ----------------------------------------------------------------------------
 
@@ -106,6 +108,10 @@ cdef class Queue:
     cdef readonly IrqSource config_irq
     cdef readonly uint16_t max_size
     cdef uint64_t desc_address, avail_address, used_address
+    cdef uint64_t generation             # counts resets: chains of an earlier one are void
+    cdef list pins                       # views of all RAM: it cannot be unmapped while the queue is enabled
+    cdef dict live                       # id of a Chain -> the memoryviews it gave out
+    cdef void release(self, object number)
 
 # -- statistics -----------------------------------------------------------------------------
 

@@ -14,9 +14,12 @@ class Chain:
     head: int
     readable: list[memoryview]
     writable: list[memoryview]
-    def read(self) -> bytes: ...
+    readable_bytes: int
+    writable_bytes: int
+    def read(self, limit: int = 1 << 24) -> bytes: ...
     def write(self, data: bytes | bytearray | memoryview) -> int: ...
     def done(self, written: int | None = None) -> None: ...
+    def give_back(self) -> None: ...
 
 class Queue:
     index: int
@@ -30,6 +33,7 @@ class Queue:
     config_irq: IrqSource
     chains: int
     interrupts: int
+    stopping: bool
     def __init__(
         self, ram: RamMap, index: int, max_size: int, irq: IrqSource, config_irq: IrqSource
     ) -> None: ...
