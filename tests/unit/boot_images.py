@@ -17,6 +17,8 @@ import lz4.block
 import pytest
 import zstandard
 
+from tests.guests.cache import cache
+
 MiB = 1 << 20
 PT_LOAD, PT_INTERP, PT_NOTE, PT_TLS = 1, 3, 4, 7
 XEN_PVH, XEN_GUEST_OS = 18, 6
@@ -221,16 +223,15 @@ def bzimage(name: str = "gzip", data: bytes | None = None, **changes: object) ->
 
 
 def real_kernels() -> list[Path]:
-    """Debian's cloud kernels (vmlinuz-*) in $CHV_TEST_KERNELS, by default .cache/kernels of the checkout."""
-    default = Path(__file__).parents[2] / ".cache" / "kernels"
-    folder = Path(os.environ.get("CHV_TEST_KERNELS") or default)
+    """Debian's cloud kernels (vmlinuz-*) in $CHV_TEST_KERNELS, by default among what make setup fetched."""
+    folder = Path(os.environ.get("CHV_TEST_KERNELS") or cache() / "kernels")
     return sorted(folder.glob("vmlinuz-*"))
 
 
 def require_kernels() -> list[Path]:
     kernels = real_kernels()
     if not kernels:
-        reason = "no vmlinuz-* in CHV_TEST_KERNELS or .cache/kernels"
+        reason = f"no vmlinuz-* in {cache() / 'kernels'} or CHV_TEST_KERNELS: run make setup"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
