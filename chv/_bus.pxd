@@ -13,6 +13,7 @@ cdef enum:
     BUS_OK = 0
     BUS_RESET = 1        # the guest asked for a reset: leave the run loop
     BUS_SHUTDOWN = 2     # the guest asked for power off: leave the run loop
+    BUS_DEFERRED = 3     # a C handler leaves this access to the device's deferred_read or deferred_write
     BUS_EXCEPTION = -2   # a Python handler raised; the exception is kept by the caller
 
 # offset is relative to the range. size is 1, 2, 4 or 8; the access lies wholly in the range.

@@ -64,7 +64,7 @@ cdef class CDevice:
             raise DeviceError(f"{type(self).__name__} has no read handler")
         with nogil:
             result = self.ops.read(self.ops.ctx, c_offset, c_size, <uint8_t *>&value)
-        return value
+        return self.deferred_read(offset, size) if result == BUS_DEFERRED else value
 
     def write(self, offset: int, size: int, value: int) -> int:
         """Write ``value``; returns what the handler asks of the run loop (0: nothing, 1: reset, 2: shutdown)."""
@@ -76,7 +76,18 @@ cdef class CDevice:
             raise DeviceError(f"{type(self).__name__} has no write handler")
         with nogil:
             result = self.ops.write(self.ops.ctx, c_offset, c_size, <const uint8_t *>&c_value)
+        if result == BUS_DEFERRED:
+            self.deferred_write(offset, size, c_value)
+            return BUS_OK
         return result
+
+    def deferred_read(self, offset: int, size: int) -> int:
+        """What a read gives for which the C handler returned BUS_DEFERRED."""
+        raise DeviceError(f"{type(self).__name__} defers reads and has no deferred_read")
+
+    def deferred_write(self, offset: int, size: int, value: int) -> object:
+        """Take a write for which the C handler returned BUS_DEFERRED."""
+        raise DeviceError(f"{type(self).__name__} defers writes and has no deferred_write")
 
 
 cdef uint32_t _access_size(object size) except 0:
@@ -312,10 +323,14 @@ cdef bus_table *_build(list entries) except NULL:
 
 cdef int bus_access(bus_range *entry, uint64_t offset, uint32_t size, uint8_t *data,
                     bint is_write, PyObject **error) noexcept nogil:
+    cdef int result
     if entry.ops.read is not NULL:
         if is_write:
-            return entry.ops.write(entry.ops.ctx, offset, size, data)
-        return entry.ops.read(entry.ops.ctx, offset, size, data)
+            result = entry.ops.write(entry.ops.ctx, offset, size, data)
+        else:
+            result = entry.ops.read(entry.ops.ctx, offset, size, data)
+        if result != BUS_DEFERRED:
+            return result
     with gil:
         return _python_access(<object>entry.handler, offset, size, data, is_write, error)
 
@@ -323,12 +338,16 @@ cdef int bus_access(bus_range *entry, uint64_t offset, uint32_t size, uint8_t *d
 cdef int _python_access(object handler, uint64_t offset, uint32_t size, uint8_t *data,
                         bint is_write, PyObject **error) noexcept:
     cdef uint64_t value = 0
+    cdef bint deferred = isinstance(handler, CDevice)
     try:
         if is_write:
             memcpy(&value, data, size)
-            handler.write(offset, size, value)
+            if deferred:
+                handler.deferred_write(offset, size, value)
+            else:
+                handler.write(offset, size, value)
         else:
-            result = handler.read(offset, size)
+            result = handler.deferred_read(offset, size) if deferred else handler.read(offset, size)
             if not isinstance(result, int) or result < 0 or result >> (8 * size):
                 raise DeviceError(
                     f"{type(handler).__name__}.read({offset:#x}, {size}) returned {result!r}; "

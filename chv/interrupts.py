@@ -8,6 +8,9 @@ import select
 import threading
 
 from ._kvm import KvmVm
+from .errors import ConfigError
+
+MAX_GSIS = 4096  # KVM_MAX_IRQ_ROUTES
 
 
 class Irq:
@@ -44,9 +47,18 @@ class GsiRoutes:
         self._vm = vm
         self._pins = pins
         self._next = pins
+        self._reserved = 0
         self._messages: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._apply()
+
+    def reserve(self, count: int) -> None:
+        """Say that ``count`` vectors may be asked for; :class:`ConfigError` if KVM cannot have so many."""
+        self._reserved += count
+        if self._pins + self._reserved > MAX_GSIS:
+            raise ConfigError(
+                f"devices: they have {self._reserved} MSI-X vectors; KVM has GSIs for {MAX_GSIS - self._pins}"
+            )
 
     def vector(self) -> MsiVector:
         """A new GSI for one vector of a device, with an eventfd; it leads nowhere yet."""
@@ -56,7 +68,9 @@ class GsiRoutes:
         return MsiVector(self, self._vm, gsi)
 
     def set(self, gsi: int, message: tuple[int, int]) -> None:
-        """Let ``gsi`` be the MSI with this (address, data)."""
+        """Let ``gsi`` be the MSI with this (address, data), as the guest chose it."""
+        # With 32-bit x2APIC ids KVM refuses a message whose address has bits 32 to 39 (api.rst, 4.52).
+        message = message[0] & ~(0xFF << 32), message[1]
         with self._lock:
             if self._messages.get(gsi) != message:
                 self._messages[gsi] = message
@@ -92,6 +106,10 @@ class MsiVector:
         if self._connected:
             self._vm.irqfd(self.fd, self.gsi, assign=False)
             self._connected = False
+
+    def raise_(self) -> None:
+        """Raise it from Python."""
+        os.eventfd_write(self.fd, 1)
 
     @property
     def pending(self) -> bool:

@@ -75,6 +75,25 @@ GED_GSI: Final = 5
 IOAPIC_PINS: Final = 24
 
 
+# The 64-bit area for BARs begins at such a multiple, above RAM.
+PCI_64BIT_ALIGNMENT: Final = 128 * MiB
+# From KVM's own pages to the I/O APIC: EDK2 puts 32-bit BARs up to 0xfc000000.
+_AFTER_KVM_PAGES: Final = 0xF8010000
+
+
+def pci_windows(memory_size: int, phys_bits: int) -> list[tuple[int, int]]:
+    """(base, size) of what is not RAM and where a BAR may be, with ``phys_bits`` bits of address.
+
+    Below 4 GiB around the configuration space and KVM's pages; above, from the end of RAM to the last.
+    """
+    end = max(base + size for base, size in [*ram_spans(memory_size), (RAM_64BIT, 0)])
+    start = -(-end // PCI_64BIT_ALIGNMENT) * PCI_64BIT_ALIGNMENT
+    windows = [(DEVICES_32BIT, DEVICES_32BIT_SIZE), (_AFTER_KVM_PAGES, IOAPIC - _AFTER_KVM_PAGES)]
+    if start < 1 << phys_bits:
+        windows.append((start, (1 << phys_bits) - start))
+    return windows
+
+
 def ram_spans(size: int) -> list[tuple[int, int]]:
     """(base, size) of each run of RAM of a machine with ``size`` bytes: below the hole, then above it."""
     low = min(size, RAM_32BIT_END)
