@@ -1,4 +1,7 @@
-"""Where the bytes of a serial port come from and go to, one class for each mode of the configuration."""
+"""Where the bytes of a serial port or console come from and go to, a class for each mode of the config.
+
+``field`` is the part of the configuration that error messages name: ``serial`` or ``console``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import threading
 from typing import Final, Protocol
 
 from ..errors import ConfigError
-from .terminal import RawTerminal, make_raw
+from .terminal import RawTerminal, make_raw, terminal_size
 
 _TIOCGPTN: Final = 0x80045430  # ioctl_tty(2): the number of the pty that this is the master of
 
@@ -24,7 +27,7 @@ class HasFileno(Protocol):
 
 
 class Backend:
-    """The host's end of a serial line.
+    """The host's end of a serial line or console.
 
     ``in_fd`` and ``out_fd`` are descriptors to read and write (-1: nothing to read; output is dropped).
     ``listener`` is set instead if clients come and go.
@@ -34,6 +37,11 @@ class Backend:
     out_fd: int = -1
     pty_path: str | None = None
     listener: socket.socket | None = None
+
+    def size(self) -> tuple[int, int] | None:
+        """Columns and rows of the terminal that this is; None if it is none, (0, 0) if nobody has said."""
+        sizes = (terminal_size(fd) for fd in (self.out_fd, self.in_fd))
+        return next((size for size in sizes if size is not None), None)
 
     def close(self) -> None:
         """Give back what was opened. May be called more than once."""
@@ -49,10 +57,10 @@ class Fds(Backend):
     A socket or pty serves as both. The descriptors are duplicated, their flags are not changed.
     """
 
-    def __init__(self, in_fd: int | HasFileno, out_fd: int | HasFileno) -> None:
-        self.in_fd = _duplicate(in_fd)
+    def __init__(self, in_fd: int | HasFileno, out_fd: int | HasFileno, field: str = "serial") -> None:
+        self.in_fd = _duplicate(in_fd, field)
         try:
-            self.out_fd = _duplicate(out_fd)
+            self.out_fd = _duplicate(out_fd, field)
         except BaseException:
             os.close(self.in_fd)
             raise
@@ -61,12 +69,12 @@ class Fds(Backend):
         self.in_fd, self.out_fd = _close(self.in_fd), _close(self.out_fd)
 
 
-def _duplicate(fd: int | HasFileno) -> int:
+def _duplicate(fd: int | HasFileno, field: str) -> int:
     number = fd if isinstance(fd, int) else fd.fileno()
     try:
         return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
     except OSError as error:
-        raise ConfigError(f"serial: {fd!r} is no open file descriptor ({error.strerror})") from None
+        raise ConfigError(f"{field}: {fd!r} is no open file descriptor ({error.strerror})") from None
 
 
 def _close(fd: int) -> int:
@@ -84,10 +92,10 @@ class Tty(Backend):
 
     _taken: Final = threading.Lock()
 
-    def __init__(self, in_fd: int = 0, out_fd: int = 1) -> None:
+    def __init__(self, in_fd: int = 0, out_fd: int = 1, field: str = "serial") -> None:
         if not self._taken.acquire(blocking=False):
             raise ConfigError(
-                "serial.mode: Tty is in use by another VM of this process; free are Pty, Socket, File, Null"
+                f"{field}.mode: Tty is in use by another VM of this process; free are Pty, Socket, File, Null"
             )
         self._open = True
         self._raw: RawTerminal | None = None
@@ -120,13 +128,14 @@ def _open_again(fd: int, flags: int) -> int:
         found = os.fstat(fd)
     except OSError:
         return -1
-    if stat.S_ISFIFO(found.st_mode) or (os.isatty(fd) and not _is_pty_master(fd)):
+    if stat.S_ISFIFO(found.st_mode) or (os.isatty(fd) and not is_pty_master(fd)):
         with contextlib.suppress(OSError):
             return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
 
 
-def _is_pty_master(fd: int) -> bool:
+def is_pty_master(fd: int) -> bool:
+    """Whether ``fd`` is the end of a pty that made it, so that reading and writing wait for an opener."""
     try:
         fcntl.ioctl(fd, _TIOCGPTN, bytes(4))
     except OSError:
@@ -137,15 +146,15 @@ def _is_pty_master(fd: int) -> bool:
 class File(Backend):
     """A file that gets the output, made anew for its owner alone to read. No input."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, field: str = "serial") -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
         try:
             self.out_fd = os.open(path, flags, 0o600)
         except OSError as error:
             hint = "; a pipe needs somebody who reads it" if error.errno == errno.ENXIO else ""
-            raise ConfigError(f"serial.file: cannot write {path!r}: {error.strerror}{hint}") from None
+            raise ConfigError(f"{field}.file: cannot write {path!r}: {error.strerror}{hint}") from None
         except ValueError as error:
-            raise ConfigError(f"serial.file: {path!r} is not a path ({error})") from None
+            raise ConfigError(f"{field}.file: {path!r} is not a path ({error})") from None
 
     def close(self) -> None:
         self.out_fd = _close(self.out_fd)
@@ -158,11 +167,11 @@ class Pty(Backend):
     stay as long as the master does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, field: str = "serial") -> None:
         try:
             master, slave = os.openpty()
         except OSError as error:
-            raise ConfigError(f"serial.mode: cannot open a pty: {error.strerror}") from None
+            raise ConfigError(f"{field}.mode: cannot open a pty: {error.strerror}") from None
         self.in_fd = self.out_fd = master
         try:
             self.pty_path = os.ttyname(slave)
@@ -185,9 +194,9 @@ class Socket(Backend):
     at ``path`` is refused.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, field: str = "serial") -> None:
         self._path = path
-        _remove_stale(path)
+        _remove_stale(path, field)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             os.fchmod(listener.fileno(), 0o600)  # the mode that bind() gives to the file (unix(7))
@@ -197,7 +206,7 @@ class Socket(Backend):
             self._identity = _identity(path)
         except (OSError, ValueError) as error:
             listener.close()
-            raise _socket_error(path, error) from None
+            raise _socket_error(path, error, field) from None
         self.listener = listener
 
     def close(self) -> None:
@@ -215,20 +224,20 @@ def _identity(path: str) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _socket_error(path: str, error: Exception) -> ConfigError:
+def _socket_error(path: str, error: Exception, field: str) -> ConfigError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return ConfigError(f"serial.socket: cannot listen on {path!r}: {reason}")
+    return ConfigError(f"{field}.socket: cannot listen on {path!r}: {reason}")
 
 
-def _remove_stale(path: str) -> None:
+def _remove_stale(path: str, field: str) -> None:
     try:
         found = os.lstat(path)
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
-        raise _socket_error(path, error) from None
+        raise _socket_error(path, error, field) from None
     if not stat.S_ISSOCK(found.st_mode):
-        raise ConfigError(f"serial.socket: {path!r} exists and is not a socket")
+        raise ConfigError(f"{field}.socket: {path!r} exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
@@ -239,12 +248,14 @@ def _remove_stale(path: str) -> None:
         except BlockingIOError:
             pass  # its queue is full: somebody is listening
         except OSError as error:
-            raise _socket_error(path, error) from None
-    raise ConfigError(f"serial.socket: {path!r} is in use by another process")
+            raise _socket_error(path, error, field) from None
+    raise ConfigError(f"{field}.socket: {path!r} is in use by another process")
 
 
-def open_backend(mode: str, file: str | None = None, socket: str | None = None) -> Backend:
-    """The backend for a serial port's ``mode`` in the configuration: Null, Tty, File, Pty or Socket.
+def open_backend(
+    mode: str, file: str | None = None, socket: str | None = None, field: str = "serial"
+) -> Backend:
+    """The backend for ``mode`` in the configuration's part ``field``: Null, Tty, File, Pty or Socket.
 
     Raises :class:`chv.errors.ConfigError` for what is missing or cannot be opened.
     """
@@ -252,17 +263,17 @@ def open_backend(mode: str, file: str | None = None, socket: str | None = None) 
         case "null":
             return Null()
         case "tty":
-            return Tty()
+            return Tty(field=field)
         case "pty":
-            return Pty()
+            return Pty(field)
         case "file":
-            return File(_required("file", file))
+            return File(_required(field, "file", file), field)
         case "socket":
-            return Socket(_required("socket", socket))
-    raise ConfigError(f"serial.mode: {mode!r}; allowed are Off, Null, Tty, Pty, File and Socket")
+            return Socket(_required(field, "socket", socket), field)
+    raise ConfigError(f"{field}.mode: {mode!r}; allowed are Off, Null, Tty, Pty, File and Socket")
 
 
-def _required(field: str, value: str | None) -> str:
+def _required(field: str, key: str, value: str | None) -> str:
     if not value:
-        raise ConfigError(f"serial.{field}: missing; mode {field.capitalize()} needs a path")
+        raise ConfigError(f"{field}.{key}: missing; mode {key.capitalize()} needs a path")
     return value

@@ -58,7 +58,17 @@ def _no_stop() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _in_background(fd: int) -> bool:
+def terminal_size(fd: int) -> tuple[int, int] | None:
+    """Columns and rows of terminal or pty ``fd``, (0, 0) if nobody set them; None if it is no terminal."""
+    try:
+        size = os.get_terminal_size(fd)
+    except OSError:
+        return None
+    return size.columns, size.lines
+
+
+def in_background(fd: int) -> bool:
+    """Whether this process may not read from terminal ``fd``, because another job of the shell has it."""
     try:
         return os.tcgetpgrp(fd) != os.getpgrp()
     except OSError:
@@ -75,7 +85,7 @@ class RawTerminal:
         self._fd = fd
         self._pid = os.getpid()
         self._settings: list[Any] | None = None
-        if _in_background(fd):
+        if in_background(fd):
             return
         self._settings = termios.tcgetattr(fd)
         guard_terminal(fd)
