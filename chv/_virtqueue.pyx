@@ -302,7 +302,7 @@ cdef bint vq_enable_kick(virtqueue *q) noexcept nogil:
 
 
 cdef void vq_disable_kick(virtqueue *q) noexcept nogil:
-    # With EVENT_IDX the flags stay 0 (virtio 1.2, 2.7.10.1), and an avail_event that lies behind is quiet enough.
+    # With EVENT_IDX the flags stay 0 (virtio 1.2, 2.7.10.2), and an avail_event that lies behind is quiet enough.
     if q.used is not NULL and not q.event_idx:
         chv_put16(q.used + RING_FLAGS, USED_NO_NOTIFY)
 
@@ -403,6 +403,9 @@ cdef class Chain:
     cdef uint16_t position       # next_avail behind this chain
     cdef bint completed
     cdef list readable_views, writable_views
+
+    def __cinit__(self):
+        self.completed = True  # until pop() has filled it
 
     def __dealloc__(self):
         free(self.iov)
@@ -717,6 +720,7 @@ cdef class Queue:
             vq_undo_pop(&self.q)
             raise MemoryError
         memcpy(taken.iov, c.iov, size)
+        taken.completed = False
         taken.queue = self
         taken.generation = self.generation
         taken.head = c.head
@@ -734,8 +738,9 @@ cdef class Queue:
         the chains done: at the end, when the iteration is left early, and every 64 chains.
         """
         cdef uint32_t taken = 0
+        cdef bint more = True
         try:
-            while True:
+            while more:
                 vq_disable_kick(&self.q)
                 while (chain := self.pop()) is not None:
                     yield chain
@@ -743,11 +748,11 @@ cdef class Queue:
                     if taken % BATCH == 0:
                         vq_signal(&self.q)
                 vq_signal(&self.q)
-                if not vq_enable_kick(&self.q):
-                    return
+                more = vq_enable_kick(&self.q)
         finally:
-            vq_signal(&self.q)
-            vq_enable_kick(&self.q)
+            if more:  # left early
+                vq_signal(&self.q)
+                vq_enable_kick(&self.q)
 
     def signal(self) -> None:
         """Interrupt the guest, if it wants to be, for the chains done since the last time."""

@@ -9,6 +9,11 @@
     reply = ring.written(head)
 
 What a driver must not do is a call away: :meth:`Ring.describe` and :meth:`Ring.publish` write anything.
+:class:`QueueBench` is a queue, its memory and its ring for one test::
+
+    with QueueBench(size=8) as bench:
+        bench.ring.add([b"request"])
+        chain = bench.queue.pop()
 """
 
 from __future__ import annotations
@@ -16,11 +21,11 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from types import TracebackType
 
-if TYPE_CHECKING:
-    from chv._virtqueue import Queue
-    from chv.memory import GuestMemory
+from chv._irq import IrqSource, IrqStatus
+from chv._virtqueue import Queue, RamMap
+from chv.memory import GuestMemory
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 NO_INTERRUPT = NO_NOTIFY = 1
@@ -157,3 +162,33 @@ class Ring:
         self.memory.write(address, data)
         self._data_next = -(-(address + len(data)) // 16) * 16
         return address
+
+
+class QueueBench:
+    """An enabled queue on memory of its own, its driver, and the ISR status in which its interrupts end."""
+
+    def __init__(
+        self, size: int = 8, *, event_idx: bool = False, indirect: bool = False, memory: int = 16 << 20
+    ) -> None:
+        self.memory = GuestMemory(memory)
+        self.status = IrqStatus()
+        self.ram = RamMap(self.memory)
+        self.queue = Queue(self.ram, 0, 32768, IrqSource(self.status, 1), IrqSource(self.status, 2))
+        self.ring = Ring(self.memory, 0x100000, size)
+        self.ring.enable(self.queue, event_idx=event_idx, indirect=indirect)
+
+    def interrupted(self) -> bool:
+        """Whether the queue interrupted since the last call."""
+        return bool(self.status.take() & 1)
+
+    def close(self) -> None:
+        self.queue.close()
+        self.memory.close()
+
+    def __enter__(self) -> QueueBench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
