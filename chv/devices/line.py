@@ -83,6 +83,7 @@ class Line:
         self._terminal = backend.size() is not None
         self._size: tuple[int, int] | None = None
         self._resized: Callable[[int, int], None] | None = None
+        self._watching = threading.Lock()
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -242,21 +243,22 @@ class Line:
     def watch_size(self, resized: Callable[[int, int], None] | None) -> None:
         """Call ``resized(columns, rows)`` with the terminal's size, now and when it changes.
 
-        In the line's thread. None: no more, though one call may be under way.
+        In the line's thread; it must not come back here. None: no more, and no call is under way.
         """
-        with self._lock:
+        with self._watching:
             self._size = None
             self._resized = resized
+        with self._lock:
             self._poke()
 
     def _follow_size(self) -> None:
-        resized = self._resized
-        if resized is None or not self._terminal:
+        if self._resized is None or not self._terminal:
             return
         size = self.backend.size()
-        if size is not None and size != self._size:
-            self._size = size
-            resized(*size)
+        with self._watching:
+            if self._resized is not None and size is not None and size != self._size:
+                self._size = size
+                self._resized(*size)
 
     # -- the thread ------------------------------------------------------------------------------
 
