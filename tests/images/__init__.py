@@ -7,10 +7,12 @@ For tests, benchmarks and the demo:
 >>> subprocess.run(image.ssh("uname -r"))                       # doctest: +SKIP
 
 ``python -m tests.images`` builds it under ``.cache/images/``, with its ssh key beside it.
+``cloudhv()`` is EDK2's firmware for it, which tools/cloudhv.sh builds.
 """
 
 from __future__ import annotations
 
+from tests.images.firmware import cloudhv
 from tests.images.image import ClearImage, find
 
-__all__ = ["ClearImage", "find"]
+__all__ = ["ClearImage", "cloudhv", "find"]
