@@ -86,12 +86,13 @@ def make_key(key: Path) -> str:
 
 
 def recipe(initrds: dict[str, bytes], public_key: str) -> str:
-    """A name for what goes into the image: this package's files, kernels, initrds and the key.
+    """A name for what goes into the image: the files that it is made by, kernels, initrds and the key.
 
     Debian's packages count by name only: an image is not built again because one of them was updated.
     """
     here = Path(__file__).parent
-    sources = [path for path in sorted(here.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    modules = [here / f"{name}.py" for name in ("build", "disk", "initrd", "layout", "rootfs")]
+    sources = [*modules, rootfs.FINISH, *sorted(path for path in rootfs.FILES.rglob("*") if path.is_file())]
     parts = [str(path.relative_to(here)).encode() + b"\0" + path.read_bytes() for path in sources]
     parts += [public_key.encode()]
     for release, data in initrds.items():
