@@ -89,7 +89,7 @@ cdef enum:
     VQ_STOPPED = 2
     VQ_OTHER = 4      # the other descriptor is ready
 
-cdef int vq_pop(virtqueue *q, chain *c) noexcept nogil            # 1: a chain; 0: none; -1: broken
+cdef int vq_pop(virtqueue *q, chain *c) noexcept nogil            # 1: a chain; 0: none, or stop; -1: broken
 cdef void vq_undo_pop(virtqueue *q) noexcept nogil                # give the last chain back, unused
 cdef void vq_push(virtqueue *q, uint16_t head, uint32_t written) noexcept nogil  # into the used ring; the guest sees it
 cdef void vq_signal(virtqueue *q) noexcept nogil                  # interrupt the guest if it wants one for what was pushed

@@ -163,10 +163,10 @@ class Run:
         return self.seen
 
     def compare(self) -> None:
-        same(bool(self.queue.error), bool(self.model.error), "error")
-        same(self.queue.save()["error"], self.model.error, "error")
-        same(self.queue.save()["next_avail"], self.model.taken % 65536, "next_avail")
-        same(self.queue.save()["next_used"], self.model.pushed % 65536, "next_used")
+        state = self.queue.save()
+        same(state["error"], self.model.error, "error")
+        same(state["next_avail"], self.model.taken % 65536, "next_avail")
+        same(state["next_used"], self.model.pushed % 65536, "next_used")
         expected = (self.model.queue_interrupts > 0) | (self.model.config_interrupts > 0) << 1
         self.model.queue_interrupts = self.model.config_interrupts = 0
         same(self.status.take(), expected, "interrupts")

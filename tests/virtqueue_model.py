@@ -118,7 +118,7 @@ class Model:
             self.breaks(broken.error)
             return None
         self.taken += 1
-        self.note(f"chain {len(chain.readable)} {len(chain.writable)}")
+        self.note(f"chain {min(len(chain.readable), 3)} {min(len(chain.writable), 3)}")
         return chain
 
     def walk(self, chain: ModelChain) -> None:
@@ -137,7 +137,7 @@ class Model:
                     raise Broken(BAD_INDIRECT)
                 if not self.image.has(address, length):
                     raise Broken(BAD_ADDRESS)
-                self.note(f"table after {steps}")
+                self.note(f"table after {min(steps, 3)}")
                 table, entries, nested, number = address, count, True, 0
                 continue
             steps += 1
