@@ -42,6 +42,9 @@ def make_root(image: Path, folder: Path, as_owner: list[str]) -> None:
     Without a journal: tests cut guests off, and what was synced is on the disk all the same. Nothing is left
     for the guest to initialize at its first boot, so the image does not grow by itself.
     """
+    if as_owner:
+        # Under the owner's number it is someone else's file.
+        image.chmod(0o666)
     features = "^has_journal,^metadata_csum,^resize_inode"
     extended = f"offset={layout.ROOT_START},lazy_itable_init=0,root_owner=0:0"
     sized = f"{layout.ROOT_SIZE // 1024}k"
