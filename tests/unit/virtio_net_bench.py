@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import struct
 import threading
@@ -25,6 +26,7 @@ SPACE = 4 << 20  # of each ring, with its buffers
 ALL_OFFLOADS = 0x1F
 
 
+@functools.lru_cache(64)
 def frame(length: int, *, source: bytes = MAC, seed: int = 0) -> bytes:
     """``length`` bytes that are like no frame with another seed."""
     body = struct.pack("<I", seed) + bytes((seed + n * 7 + (n >> 8)) & 0xFF for n in range(length))
