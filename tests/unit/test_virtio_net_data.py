@@ -365,6 +365,19 @@ def test_a_chain_of_more_buffers_than_a_readv_takes(count: int) -> None:
         assert bench.rx.wait(1) == [(other, 72)]
 
 
+def test_chains_that_are_too_many_buffers_together() -> None:
+    """A frame that needs both is dropped; each serves a frame of its own."""
+    with Bench(size=4096) as bench:
+        bench.start(F_MRG_RXBUF)
+        heads = [bench.rx.add(writable=[2] * 600) for _ in range(2)]
+        bench.queues[0].kick()
+        bench.far.send(HEADER + frame(1500))
+        eventually(lambda: bench.counters().get("rx_dropped") == 1)
+        for head in heads:
+            bench.far.send(HEADER + frame(1000))
+            assert bench.rx.wait(1) == [(head, 1012)]
+
+
 def test_buffers_that_are_huge() -> None:
     """All of RAM in each descriptor, 1 GiB in all; only what the frame needs is written."""
     with Bench(size=64) as bench:
