@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import socket
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from chv import net
@@ -159,14 +157,3 @@ class Bench:
             queue.close()
         self.device.close()
         self.memory.close()
-
-
-@contextlib.contextmanager
-def running(body: Callable[[], None]) -> Iterator[None]:
-    """``body`` in a thread, joined at the end."""
-    thread = threading.Thread(target=body)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
