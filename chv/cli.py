@@ -25,15 +25,22 @@ PAYLOAD = {
     "initramfs": "initial RAM file system",
     "cmdline": "the kernel's command line",
     "firmware": "firmware to boot",
+    "boot-entry": "which boot entry of the first disk, when there is neither kernel nor firmware; "
+    '"chv image entries FILE" lists them',
 }
 HELP = {
     "cpus": "vCPUs: boot=<number>[,max=<number>,topology=<threads>:<cores>:<dies>:<packages>] or a number "
     "[default: boot=1]",
     "memory": "RAM: size=<bytes, or with K, M, G> [default: size=512M]",
+    "disk": "disks: path=<image or block device>[,readonly=on,direct=on,num_queues=<n>,queue_size=<n>,"
+    "serial=<text>]",
+    "net": "networks: tap=<name>,ip=<address>,mask=<mask>,mac=<address>,mtu=<n>,num_queues=<n>,fd=[<n>]; "
+    "each may be left out",
     "rng": "entropy source [default: src=/dev/urandom]",
     "serial": "the serial port: off, null, pty, tty, file=<path> or socket=<path> [default: null]",
-    "console": "the virtio console: off or null for now [default: off]",
+    "console": "the virtio console, hvc0: off, null, pty, tty, file=<path> or socket=<path> [default: tty]",
 }
+_PAYLOAD_VALUES = {"cmdline": "TEXT", "boot-entry": "ID"}
 UNBUILT = {  # options of Cloud Hypervisor that are not fields of a VM -> what they ask for
     "event-monitor": "the event monitor",
     "gdb": "debugging with GDB",
@@ -128,12 +135,16 @@ def read_config(options: argparse.Namespace) -> VmConfig | None:
     for flag, field in FLAGS.items():
         if getattr(options, flag):
             body[field] = True
-    payload = {name: getattr(options, name) for name in PAYLOAD if getattr(options, name) is not None}
+    payload = {
+        _attribute(name): value
+        for name in PAYLOAD
+        if (value := getattr(options, _attribute(name))) is not None
+    }
     if not payload and not body:
         return None
-    if not payload.get("kernel") and not payload.get("firmware"):
-        given = [*(f"--{name}" for name in payload), *(_option_of(field) for field in body)]
-        raise ConfigError(f"{', '.join(given)}: needs something to boot: --kernel PATH")
+    if not (payload.get("kernel") or payload.get("firmware") or body.get("disks")):
+        given = [*(_option_of(f"payload.{name}") for name in payload), *(_option_of(field) for field in body)]
+        raise ConfigError(f"{', '.join(given)}: needs something to boot: --kernel PATH or --disk path=IMAGE")
     config = decode({**body, "payload": payload})
     validate(config)
     return config
@@ -178,7 +189,7 @@ def _option_of(field: str) -> str:
     path = field.replace("[", ".")
     known = {part.field: part.option for part in PARTS if part.field != "memory"}
     known |= {field: flag for flag, field in FLAGS.items()}
-    known |= {f"payload.{name}": name for name in PAYLOAD}
+    known |= {f"payload.{_attribute(name)}": name for name in PAYLOAD}
     known |= {"memory": "memory", "api-socket": "api-socket"}
     for prefix, option in known.items():
         if path == prefix or path.startswith(f"{prefix}."):
@@ -214,7 +225,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="chv",
-        usage="chv --kernel PATH [options] | chv --api-socket PATH | chv remote --api-socket PATH COMMAND",
+        usage="chv --kernel PATH [options] | chv --disk path=IMAGE [options] | chv --api-socket PATH | "
+        "chv remote --api-socket PATH COMMAND | chv image entries IMAGE",
         description="Run a virtual machine on KVM.",
         epilog='"chv remote --help" shows how to control one that runs.',
         allow_abbrev=False,
@@ -223,9 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     later = parser.add_argument_group("known, and refused with a message until chv has them")
     for name, text in PAYLOAD.items():
         group = later if f"payload.{name}" in NOT_BUILT else machine
-        group.add_argument(
-            f"--{name}", action=_Once, metavar="PATH" if name != "cmdline" else "TEXT", help=text
-        )
+        group.add_argument(f"--{name}", action=_Once, metavar=_PAYLOAD_VALUES.get(name, "PATH"), help=text)
     for part in PARTS:
         group = machine if part.option in HELP else later
         keys = ",".join([*part.words, *(f"{key}=" for key in part.keys)])

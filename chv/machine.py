@@ -8,13 +8,14 @@ kernel) belongs to the VM and is handed in.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from . import bootstate, exits, layout
 from ._bus import Bus, SlotNames
 from ._kvm import Kvm, KvmVm
 from ._kvmrun import install_kick_handler
+from ._virtqueue import RamMap
 from .acpi.ged import Ged
 from .acpi.power import PowerRegisters
 from .cpu_hotplug import CpuHotplug
@@ -26,8 +27,11 @@ from .devices.i8042 import I8042
 from .dsdt import machine_tables
 from .errors import ConfigError, KvmError
 from .interrupts import GsiRoutes, Irq
-from .ranges import NO_LIMIT, PIO_LIMIT, PORTS
+from .pci import aml
+from .pci.bus import PciBus
+from .ranges import NO_LIMIT, PIO_LIMIT, PORTS, described
 from .vcpu import Vcpu, runs_this_thread
+from .virtio.transport import VirtioPci
 
 if TYPE_CHECKING:
     from ._bus import Handler
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from .config import CpusConfig
     from .devices.serial import SerialPort
     from .memory import GuestMemory
+    from .peripherals import Peripheral
     from .ranges import Range
 
 # What chv cannot do without (names as in the kernel's api.rst, without KVM_CAP_).
@@ -66,6 +71,7 @@ class Machine:
         memory: GuestMemory,
         serial: SerialPort | None,
         serial_irq: Irq | None,
+        peripherals: Sequence[Peripheral],
         ranges: Iterable[Range],
         slots: SlotNames,
         report: Report,
@@ -75,6 +81,7 @@ class Machine:
         self._serial = serial
         self._report_event = report
         self._vcpus: dict[int, Vcpu] = {}
+        self.transports: list[VirtioPci] = []
         self._paused = False
         self._clock = 0
         self._clock_tsc: int | None = None
@@ -100,7 +107,13 @@ class Machine:
             if serial is not None and serial_irq is not None:
                 serial_irq.bind(self._vm)
                 serial.device.reset()
-            self._claim_ranges(ranges)
+            self._windows = layout.pci_windows(memory.size, cpus.max_phys_bits)
+            self.pci = PciBus(self._windows, self._guest_reset)
+            stack.callback(self.pci.close)
+            self._attach(peripherals)
+            users = list(ranges)
+            self._users_aml = described(users)
+            self._claim_ranges(users)
             stack.callback(self._close_vcpus)
             self._stack = stack.pop_all()
 
@@ -125,6 +138,23 @@ class Machine:
         irq.bind(self._vm)
         return irq
 
+    def _attach(self, peripherals: Sequence[Peripheral]) -> None:
+        """Put each device into its slot, behind a transport of this power-on."""
+        ram = RamMap(self.memory)
+        for peripheral in peripherals:
+            slot = peripheral.slot
+            transport = VirtioPci(
+                peripheral.device,
+                ram=ram,
+                vm=self._vm,
+                mmio=self.mmio,
+                routes=self.routes,
+                line=self.pci.line(self._vm, slot),
+                slot=slot,
+            )
+            self.transports.append(transport)
+            self.pci.add(transport, slot)
+
     def _claim_ranges(self, ranges: Iterable[Range]) -> None:
         if self._serial is not None:
             self._claim_ports("serial", self._serial.device)
@@ -135,6 +165,8 @@ class Machine:
         self._claim_ports("pm-timer", self.pm_timer)
         self._claim_ports("cpu-hotplug", self.hotplug)
         self._claim_ports("ged", self.ged)
+        self._claim_ports("pci-config", self.pci.ports)
+        self.mmio.add(layout.ECAM, layout.ECAM_SIZE, self.pci.ecam, "pci-ecam")
         for r in ranges:
             (self.pio if r.space == "pio" else self.mmio).add(r.base, r.size, r.handler, r.name)
 
@@ -145,8 +177,14 @@ class Machine:
     def load(self, payload: Payload) -> None:
         """Put kernel, boot information and ACPI tables into memory; the boot vCPU will enter the kernel."""
         present = self.hotplug.present_count
-        tables = machine_tables(present=present, maximum=self.maximum, serial=self._serial is not None)
-        entry = payload.place(self.memory, rsdp=tables.rsdp)
+        tables = machine_tables(
+            present=present,
+            maximum=self.maximum,
+            serial=self._serial is not None,
+            pci=True,
+            extra=[aml.aml(self._windows), *self._users_aml],
+        )
+        entry = payload.place(self.memory, rsdp=tables.rsdp, reserved=[(layout.ECAM, layout.ECAM_SIZE)])
         tables.write(self.memory)
         for index in range(present):
             self._create_vcpu(index)
@@ -170,6 +208,8 @@ class Machine:
         self._freeze()
         for vcpu in list(self._vcpus.values()):
             vcpu.wait_parked()
+        for transport in self.transports:
+            transport.pause()
         for vcpu in list(self._vcpus.values()):
             vcpu.kvm.notify_paused()
         self._clock, self._clock_tsc = self._vm.clock()
@@ -180,6 +220,8 @@ class Machine:
         self._vm.set_clock(self._clock)
         self._turn_tsc_back()
         self.pm_timer.resume()
+        for transport in self.transports:
+            transport.resume()
         self._paused = False
         for vcpu in list(self._vcpus.values()):
             vcpu.resume()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from . import layout
 from ._bus import Bus, SlotNames
+from .errors import DeviceError
 
 if TYPE_CHECKING:
     from ._bus import Handler
@@ -25,6 +26,7 @@ PORTS: Final = {
     "pm-timer": (layout.PM_TIMER_PORT, layout.PM_TIMER_SIZE),
     "cpu-hotplug": (layout.CPU_HOTPLUG_PORT, layout.CPU_HOTPLUG_SIZE),
     "ged": (layout.GED_PORT, layout.GED_SIZE),
+    "pci-config": (layout.PCI_CONFIG_PORT, layout.PCI_CONFIG_SIZE),
 }
 
 # What KVM answers itself, so that no access would ever come to a handler (its interrupt controllers:
@@ -54,6 +56,23 @@ class _Taken:
         raise AssertionError("only a plan")
 
 
+def described(ranges: Iterable[Range]) -> list[bytes]:
+    """The AML of the handlers that have some (a method ``aml() -> bytes``), once each.
+
+    Raises :class:`chv.errors.DeviceError` for one that gives anything but bytes.
+    """
+    found: dict[int, bytes] = {}
+    for r in ranges:
+        describe = getattr(r.handler, "aml", None)
+        if describe is None or id(r.handler) in found:
+            continue
+        code = describe()
+        if not isinstance(code, bytes):
+            raise DeviceError(f"{r.name}: aml() returned {type(code).__name__}; allowed is bytes")
+        found[id(r.handler)] = code
+    return list(found.values())
+
+
 def check(ranges: Iterable[Range], *, memory_size: int, serial: bool) -> None:
     """Raise :class:`chv.errors.BusError` unless a machine can have all of these devices.
 
@@ -68,6 +87,7 @@ def check(ranges: Iterable[Range], *, memory_size: int, serial: bool) -> None:
         pio.add(base, size, taken, "KVM's interrupt controllers")
     for base, size in _KERNEL_ADDRESSES:
         mmio.add(base, size, taken, "KVM's interrupt controllers")
+    mmio.add(layout.ECAM, layout.ECAM_SIZE, taken, "PCI configuration space")
     for base, size in layout.ram_spans(memory_size):
         mmio.add(base, size, taken, "RAM")
     for r in ranges:

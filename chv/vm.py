@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from . import exits, layout, ranges, vcpu
 from ._bus import SlotNames
 from .acpi.ged import Event
-from .config import ConsoleMode, VmConfig, VmState, make_config, validate
+from .config import ConsoleMode, PayloadConfig, VmConfig, VmState, make_config, validate
 from .devices.backend import Backend, Fds, open_backend
 from .devices.serial import SerialPort
 from .errors import ConfigError, NotSupportedYet, ResizeError, ResizePending, StateError
 from .interrupts import Irq
 from .machine import Machine
 from .memory import GuestMemory
+from .peripherals import Peripheral, open_all
 from .ranges import Range
 from .threads import leave_signals_to_main
 
@@ -101,7 +102,9 @@ class VM:
             vm.wait()
 
     ``serial`` may also be a socket or other object with ``fileno()``: the guest's COM1 reads and
-    writes it. All methods may be called from any thread. Leaving the ``with`` block deletes the VM.
+    writes it. One default is not the command line's: ``console`` is off, as a program that uses a
+    library does not expect it to take the terminal.
+    All methods may be called from any thread. Leaving the ``with`` block deletes the VM.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class VM:
             raise ConfigError(
                 f"config: given together with {', '.join(sorted(parts))}; only one way is allowed"
             )
-        self.config = config if config is not None else make_config(**parts)
+        self.config = config if config is not None else make_config(**{"console": "off", **parts})
         self._state = VmState.CREATED
         self._deleted = False
         self._failure: BaseException | None = None
@@ -133,6 +136,7 @@ class VM:
         self._payload: Payload | None = None
         self._serial: SerialPort | None = None
         self._serial_irq: Irq | None = None
+        self._peripherals: list[Peripheral] = []
         self._ranges: list[Range] = []
         self._slots = SlotNames()
         self._past_exits: exits.Statistics = {}
@@ -149,6 +153,7 @@ class VM:
 
         ``handler`` has ``read(offset, size) -> int`` and ``write(offset, size, value)``. What it
         raises stops the VM; :meth:`wait` raises it again. Takes effect at once, also after a reboot.
+        If it has a method ``aml() -> bytes``, what that returns is put into the DSDT at the next power-on.
         Raises :class:`chv.errors.BusError` for a range that overlaps another, a device of the
         machine, or KVM's interrupt controllers.
         """
@@ -378,6 +383,10 @@ class VM:
                 "config": self.config.to_dict(),
                 "state": self._state.value,
                 "memory_actual_size": self.config.memory.size,
+                "device_tree": {
+                    peripheral.device.name: {"id": peripheral.device.name, "pci_bdf": peripheral.bdf}
+                    for peripheral in self._peripherals
+                },
                 "vcpus": [cpu.to_dict() for cpu in cpus],
                 "hotplug": hotplug,
             }
@@ -399,6 +408,8 @@ class VM:
         result = {"__exits": {name: stats.count for name, stats in found.reasons.items()}}
         for name, stats in found.devices.items():
             result[f"__{name}"] = {"reads": stats.reads, "writes": stats.writes}
+        for peripheral in self._peripherals:
+            result[peripheral.device.name] = peripheral.device.counters()
         return result
 
     @property
@@ -415,25 +426,35 @@ class VM:
 
     def _open_host_side(self) -> None:
         """What outlives a reboot: memory, the unpacked kernel, the serial line."""
-        from . import boot
-
         config = self.config
-        payload = config.payload
-        assert payload is not None  # validated
         self._memory = GuestMemory(config.memory.size, thp=config.memory.thp)
-        self._payload = boot.prepare(
-            kernel=payload.kernel,
-            firmware=payload.firmware,
-            initramfs=payload.initramfs,
-            cmdline=payload.cmdline or "",
-            memory_size=config.memory.size,
-        )
+        self._peripherals = open_all(config)
+        for peripheral in self._peripherals:
+            if (pty_path := getattr(peripheral.device, "pty_path", None)) is not None:
+                config.console.file = pty_path
+        self._payload = self._read_payload()
         if config.serial.mode is not ConsoleMode.OFF:
             self._serial_irq = Irq(layout.COM1_GSI)
             self._serial = SerialPort(self._serial_irq.fd, self._open_serial())
             if self._serial.backend.pty_path is not None:
                 config.serial.file = self._serial.backend.pty_path
             self._serial.start()
+
+    def _read_payload(self) -> Payload:
+        from . import boot
+
+        payload = self.config.payload or PayloadConfig()
+        if payload.kernel or payload.firmware:
+            return boot.prepare(
+                kernel=payload.kernel,
+                firmware=payload.firmware,
+                initramfs=payload.initramfs,
+                cmdline=payload.cmdline or "",
+                memory_size=self.config.memory.size,
+            )
+        raise NotSupportedYet(
+            "payload.kernel: missing; chv cannot boot a disk without a kernel or firmware yet"
+        )
 
     def _open_serial(self) -> Backend:
         if self._serial_object is not None:
@@ -452,7 +473,10 @@ class VM:
                 stack.callback(self._serial_irq.close)
             if self._serial is not None:
                 stack.callback(self._serial.close)
+            for peripheral in self._peripherals:
+                stack.callback(peripheral.device.close)
             self._memory = self._payload = self._serial = self._serial_irq = None
+            self._peripherals = []
 
     def _power_on(self) -> None:
         assert self._memory is not None
@@ -468,6 +492,7 @@ class VM:
             memory=self._memory,
             serial=self._serial,
             serial_irq=self._serial_irq,
+            peripherals=self._peripherals,
             ranges=self._ranges,
             slots=self._slots,
             report=report,
@@ -497,6 +522,8 @@ class VM:
         self._stop_machine()
         self._memory.clear()
         try:
+            if self._boots_image:
+                self._read_image_again()
             self._power_on()
         except BaseException as error:
             self._failure = error
@@ -504,6 +531,18 @@ class VM:
             self._set_state(VmState.SHUTDOWN)
             raise
         self._set_state(VmState.RUNNING)
+
+    @property
+    def _boots_image(self) -> bool:
+        payload = self.config.payload
+        return payload is None or not (payload.kernel or payload.firmware)
+
+    def _read_image_again(self) -> None:
+        """The guest may have installed another kernel since."""
+        fresh = self._read_payload()
+        if self._payload is not None:
+            self._payload.close()
+        self._payload = fresh
 
     def _handle(self, machine: Machine, event: str, error: BaseException | None) -> None:
         """What a guest asked for, in the control thread; what goes wrong there, :meth:`wait` raises."""

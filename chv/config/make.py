@@ -12,13 +12,13 @@ from .parts import BY_FIELD, from_python, plain
 from .schema import VmConfig
 from .validate import validate
 
-PAYLOAD = ("kernel", "initramfs", "cmdline", "firmware")
+PAYLOAD = ("kernel", "initramfs", "cmdline", "firmware", "boot_entry")
 
 
 def make_config(**arguments: Any) -> VmConfig:
     """A checked configuration from keyword arguments.
 
-    ``kernel``, ``initramfs``, ``cmdline`` and ``firmware`` name the payload. Every field of
+    ``kernel``, ``initramfs``, ``cmdline``, ``firmware`` and ``boot_entry`` name the payload. Every field of
     :class:`VmConfig` is a keyword as well; its value is the option's text, a dict with the keys of
     the option or of the JSON, or a config object. ``cpus`` may be a number, ``memory`` a number of
     bytes, and a list field one value.

@@ -1,9 +1,7 @@
 """The one description of a VM: Cloud Hypervisor's ``VmConfig``, field for field.
 
 Names, types and defaults are those of its REST API (OpenAPI file of August 2026), so a body
-written for it decodes here. Sizes are bytes. Unknown fields are refused.
-
-One default differs: ``console.mode`` is ``Off`` here and ``Tty`` there, until chv has virtio-console.
+written for it decodes here. Sizes are bytes. Unknown fields are refused. ``payload.boot_entry`` is ours.
 """
 
 from __future__ import annotations
@@ -152,7 +150,11 @@ class MemoryConfig(_Part, kw_only=True):
 
 
 class PayloadConfig(_Part, kw_only=True):
-    """What the guest starts with: ``kernel`` (with ``cmdline`` and ``initramfs``) or ``firmware``."""
+    """What the guest starts with: ``kernel`` (with ``cmdline`` and ``initramfs``) or ``firmware``.
+
+    With neither, the boot entry ``boot_entry`` of the first disk (its default one if that is None); then
+    ``cmdline`` follows the entry's own options.
+    """
 
     firmware: str | None = None
     kernel: str | None = None
@@ -160,6 +162,7 @@ class PayloadConfig(_Part, kw_only=True):
     initramfs: str | None = None
     igvm: str | None = None
     host_data: str | None = None
+    boot_entry: str | None = None
     fw_cfg_config: dict[str, object] | None = None
 
 
@@ -233,8 +236,7 @@ class NetConfig(_PciPart, kw_only=True):
 
 
 class RngConfig(_PciPart, kw_only=True):
-    """The entropy source. Recorded, with its default only: the device arrives with PCI, and
-    until then the guest has the processor's RDRAND."""
+    """The entropy source: a file or character device that virtio-rng reads."""
 
     src: str = DEFAULT_RNG_SOURCE
 
@@ -277,9 +279,9 @@ class SerialConfig(_Part, kw_only=True):
 
 
 class ConsoleConfig(_PciPart, kw_only=True):
-    """virtio-console: ``Off`` or ``Null`` until chv has it (Cloud Hypervisor's default is ``Tty``)."""
+    """virtio-console, ``hvc0``. ``file`` goes with mode ``File``, ``socket`` with mode ``Socket``."""
 
-    mode: ConsoleMode = ConsoleMode.OFF
+    mode: ConsoleMode = ConsoleMode.TTY
     file: str | None = None
     socket: str | None = None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, NotSupportedYet
 from ..layout import CMDLINE_MAX, PAGE_SIZE, RAM_32BIT_END, RAM_64BIT
+from .devices import check_devices
 from .schema import ConsoleMode, CpusConfig, MemoryConfig, PayloadConfig, PlatformConfig, VmConfig
 
 MAX_VCPUS = 1024  # what KVM offers at most on x86-64 by default
@@ -38,9 +39,6 @@ NOT_BUILT: dict[str, str] = {
     "memory.reserve": "reserving guest memory",
     "memory.zones": "memory zones",
     "rate_limit_groups": "rate limits",
-    "disks": "disks",
-    "net": "network devices",
-    "rng": "an entropy device with its own settings",
     "balloon": "the balloon",
     "fs": "virtio-fs",
     "generic_vhost_user": "vhost-user devices",
@@ -67,9 +65,10 @@ def validate(config: VmConfig) -> None:
     """Raise :class:`ConfigError` (:class:`NotSupportedYet` for what is not built) or return."""
     _check_cpus(config.cpus)
     _check_memory(config.memory, config.cpus.max_phys_bits)
-    _check_payload(config.payload)
+    _check_payload(config)
     _check_outputs(config)
     _check_built(config)
+    check_devices(config)
 
 
 def _check_cpus(cpus: CpusConfig) -> None:
@@ -122,17 +121,32 @@ def check_memory_size(size: int, name: str) -> None:
         raise ConfigError(f"{name}: {size} is not a positive multiple of {PAGE_SIZE} bytes")
 
 
-def _check_payload(payload: PayloadConfig | None) -> None:
-    if payload is None or not (payload.kernel or payload.firmware or payload.igvm):
-        raise ConfigError("payload.kernel: required, but missing: a VM needs something to boot")
+def _check_payload(config: VmConfig) -> None:
+    payload = config.payload or PayloadConfig()
     if payload.kernel and payload.firmware:
         raise ConfigError("payload.firmware: give either a kernel or a firmware, not both")
-    for field in ("kernel", "initramfs", "firmware", "cmdline"):
+    if not (payload.kernel or payload.firmware or payload.igvm):
+        _check_image_boot(config, payload)
+    elif payload.boot_entry is not None:
+        raise ConfigError(
+            "payload.boot_entry: goes with a disk that boots itself, not with a kernel or firmware"
+        )
+    for field in ("kernel", "initramfs", "firmware", "cmdline", "boot_entry"):
         if "\0" in (getattr(payload, field) or ""):
             raise ConfigError(f"payload.{field}: it contains a NUL character")
     length = len((payload.cmdline or "").encode(errors="surrogateescape"))
     if length >= CMDLINE_MAX:
         raise ConfigError(f"payload.cmdline: {length} bytes long, at most {CMDLINE_MAX - 1} are possible")
+
+
+def _check_image_boot(config: VmConfig, payload: PayloadConfig) -> None:
+    if not config.disks:
+        raise ConfigError(
+            "payload.kernel: required, but missing: a VM needs something to boot, "
+            "a kernel, a firmware or a disk"
+        )
+    if payload.initramfs:
+        raise ConfigError("payload.initramfs: goes with a kernel; a disk that boots itself has its own")
 
 
 def _check_outputs(config: VmConfig) -> None:
@@ -146,11 +160,9 @@ def _check_outputs(config: VmConfig) -> None:
             if mode != needs and value and not shows_its_path:
                 raise ConfigError(f"{name}.{field}: goes with mode {needs.value}, not with mode {mode.value}")
     if config.serial.mode == config.console.mode == ConsoleMode.TTY:
-        raise ConfigError("console.mode: Tty is taken by serial.mode: only one of them can have the terminal")
-    if config.console.mode not in (ConsoleMode.OFF, ConsoleMode.NULL):
-        raise NotSupportedYet(
-            f"console.mode: {config.console.mode.value} is not supported yet (virtio-console): "
-            "use Off or Null, and serial for the guest's console"
+        raise ConfigError(
+            "console.mode: Tty (its default) is taken by serial.mode: "
+            "only one of them can have the terminal; allowed beside it are Off, Null, Pty, File and Socket"
         )
 
 

@@ -1,11 +1,7 @@
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 from .._bus import CDevice
-
-class _Function(Protocol):
-    def read(self, offset: int, size: int) -> int: ...
-    def write(self, offset: int, size: int, value: int) -> None: ...
 
 class ConfigSpace:
     def get(self, offset: int, size: int) -> int: ...
@@ -16,9 +12,9 @@ class ConfigSpace:
     def restore(self, data: bytes) -> None: ...
 
 class ConfigRoot:
-    functions: dict[int, _Function]
+    functions: dict[int, Any]
     address: int
-    def add(self, slot: int, space: ConfigSpace, function: _Function) -> None: ...
+    def add(self, slot: int, space: ConfigSpace, function: Any) -> None: ...
 
 class ConfigPorts(CDevice):
     def __init__(self, root: ConfigRoot, on_reset: Callable[[], None]) -> None: ...

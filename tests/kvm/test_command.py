@@ -31,7 +31,7 @@ def kernel(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("kernel", [SAY_HI + POWER_OFF + HALT], indirect=True)
 def test_a_guest_speaks_and_powers_off(kernel: str) -> None:
-    done = chv("--kernel", kernel, "--serial", "tty", fake=False)
+    done = chv("--kernel", kernel, "--serial", "tty", "--console", "off", fake=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "Hi\n", "")
 
 

@@ -222,19 +222,21 @@ ALL_PORTS = """
     66 81 fa fd 05        ; next: cmp dx, 0x5fd
     72 07                 ; jb use
     66 81 fa 03 06        ; cmp dx, 0x603
-    76 12                 ; jbe skip
+    76 19                 ; jbe skip
     66 83 fa 61           ; use: cmp dx, 0x61
     72 06                 ; jb all
     66 83 fa 64           ; cmp dx, 0x64
-    76 06                 ; jbe skip
-    ee                    ; all: out dx, al
+    76 0d                 ; jbe skip
+    66 81 fa f9 0c        ; all: cmp dx, 0xcf9
+    74 06                 ; je skip
+    ee                    ; out dx, al
     66 ef                 ; out dx, ax
     ef                    ; out dx, eax
     ec                    ; in al, dx
     ed                    ; in eax, dx
     42                    ; skip: inc edx
     39 f2                 ; cmp edx, esi
-    75 db                 ; jne next
+    75 d4                 ; jne next
 """
 
 
@@ -260,7 +262,8 @@ MACHINE_PORTS = [
     layout.DEBUG_PORT,
     *range(layout.PM_TIMER_PORT, layout.PM_TIMER_PORT + 4),
     layout.GED_PORT,
-    *range(0xCF8, 0xD00),
+    0xCF8,
+    *range(0xCFA, 0xD00),  # 0xcf9 resets
 ]
 
 

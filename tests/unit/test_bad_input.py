@@ -20,6 +20,13 @@ from chv.vmm import Vmm
 from .fake_vm import FakeVm
 from .test_api import Running
 
+NOTHING_TO_BOOT = (
+    "payload.kernel: required, but missing: a VM needs something to boot, a kernel, a firmware or a disk"
+)
+TERMINAL_TAKEN = (
+    "console.mode: Tty (its default) is taken by serial.mode: only one of them can have the terminal; "
+    "allowed beside it are Off, Null, Pty, File and Socket"
+)
 CPU_KEYS = (
     "boot, max, topology, kvm_hyperv, nested, max_phys_bits, affinity, features, core_scheduling, profile"
 )
@@ -29,8 +36,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"kernal": "/k"}, 'kernal: unknown argument; did you mean "kernel"?'),
     ({"disk": "path=/a"}, 'disk: unknown argument; did you mean "disks"?'),
     ({"kernel": 4}, "payload.kernel: expected a string or null, got a whole number (4)"),
-    ({"kernel": None}, "payload.kernel: required, but missing: a VM needs something to boot"),
-    ({"kernel": ""}, "payload.kernel: required, but missing: a VM needs something to boot"),
+    ({"kernel": None}, NOTHING_TO_BOOT),
+    ({"kernel": ""}, NOTHING_TO_BOOT),
     ({"firmware": "/f"}, "payload.firmware: give either a kernel or a firmware, not both"),
     ({"kernel": "a\0b"}, "payload.kernel: it contains a NUL character"),
     (
@@ -76,14 +83,8 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"serial": {"mode": "tty"}}, 'serial.mode: "tty" is not one of Off, Pty, Tty, File, Socket, Null'),
     (
         {"serial": "tty", "console": "tty"},
-        "console.mode: Tty is taken by serial.mode: only one of them can have the terminal",
+        TERMINAL_TAKEN,
     ),
-    (
-        {"console": "pty"},
-        "console.mode: Pty is not supported yet (virtio-console): "
-        "use Off or Null, and serial for the guest's console",
-    ),
-    ({"net": "tap=,mac=,ip=,mask="}, "net: network devices: chv does not support this yet"),
     ({"disks": [{"path": 3}]}, "disks[0].path: expected a string or null, got a whole number (3)"),
     (
         {"memory": "size=1G,hotplug_size=8G"},
@@ -95,8 +96,11 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
 
 # chv's options -> the first line on stderr, without "chv: "
 OPTIONS: list[tuple[list[str], str]] = [
-    (["--cpus", "4"], "--cpus: needs something to boot: --kernel PATH"),
-    (["--cmdline", "x", "--memory", "1G"], "--cmdline, --memory: needs something to boot: --kernel PATH"),
+    (["--cpus", "4"], "--cpus: needs something to boot: --kernel PATH or --disk path=IMAGE"),
+    (
+        ["--cmdline", "x", "--memory", "1G"],
+        "--cmdline, --memory: needs something to boot: --kernel PATH or --disk path=IMAGE",
+    ),
     (["-v"], "nothing to do: give a VM (--kernel PATH ...), an --api-socket, or both"),
     (
         ["--kernel", "k", "--cpus", "bot=4"],
@@ -136,18 +140,13 @@ OPTIONS: list[tuple[list[str], str]] = [
     (["--kernel", "k", "--serial", "off=1"], "--serial: \"off\" takes no value, not '1'"),
     (
         ["--kernel", "k", "--serial", "tty", "--console", "tty"],
-        "--console: console.mode: Tty is taken by serial.mode: only one of them can have the terminal",
-    ),
-    (
-        ["--kernel", "k", "--net", "tap=,mac=,ip=,mask="],
-        "--net: network devices: chv does not support this yet",
+        f"--console: {TERMINAL_TAKEN}",
     ),
     (
         ["--kernel", "k", "--net", "mtu=70000"],
         "--net: net[0].mtu: 70000 is more than the most allowed, 65535",
     ),
     (["--kernel", "k", "--fs", "tag=a"], "--fs: fs[0].socket: required, but missing"),
-    (["--kernel", "k", "--disk", "path=a"], "--disk: disks: chv does not support this yet"),
     (["--kernel", "k", "--landlock"], "--landlock: landlock_enable: Landlock: chv does not support this yet"),
     (["--event-monitor", "path=x"], "--event-monitor: the event monitor: chv does not support this yet"),
     (

@@ -61,13 +61,15 @@ def test_lists_may_be_given_both_ways() -> None:
 
 
 def test_the_command_line_of_the_hotplug_document_reaches_what_is_missing() -> None:
+    # Neither the firmware nor the image is there.
     done = chv(
         *("--kernel", "./hypervisor-fw", "--disk", "path=clear-31890-kvm.img", "--cpus", "boot=4,max=8"),
         *("--memory", "size=1024M", "--net", "tap=,mac=,ip=,mask=", "--rng", "--api-socket=/tmp/ch-socket"),
         fake=False,
     )
     assert done.returncode == 1
-    assert done.stderr == "chv: --disk: disks: chv does not support this yet\n"
+    assert "clear-31890-kvm.img" in done.stderr
+    assert "disks[0].path" in done.stderr
 
 
 def test_bare_numbers() -> None:

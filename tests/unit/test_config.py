@@ -211,6 +211,7 @@ def test_the_whole_command_line_is_the_whole_body_is_the_whole_call() -> None:
         cpus={"boot": 4, "max": 8},
         memory="1G",
         serial="tty",
+        console="off",
     )
 
 
@@ -229,7 +230,7 @@ def test_an_empty_body_is_all_defaults() -> None:
     assert config == VmConfig()
     assert (config.cpus.boot_vcpus, config.cpus.max_vcpus, config.memory.size) == (1, 1, 512 << 20)
     assert config.serial.mode is ConsoleMode.NULL
-    assert config.console.mode is ConsoleMode.OFF
+    assert config.console.mode is ConsoleMode.TTY
     assert config.rng.src == "/dev/urandom"
 
 

@@ -1,0 +1,63 @@
+"""The virtio devices of a VM, opened from its configuration.
+
+They belong to the VM and live over reboots; each power-on puts transports in front of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .config.devices import Place, places
+
+if TYPE_CHECKING:
+    from .config import VmConfig
+    from .virtio.device import VirtioDevice
+
+
+@dataclass(frozen=True, slots=True)
+class Peripheral:
+    """A device that is open, and its slot."""
+
+    device: VirtioDevice
+    slot: int
+
+    @property
+    def bdf(self) -> str:
+        """Segment, bus, device and function, as ``lspci -D`` has them."""
+        return f"0000:00:{self.slot:02x}.0"
+
+
+def open_all(config: VmConfig) -> list[Peripheral]:
+    """Open every device; if one cannot be, those before it are closed again.
+
+    Raises :class:`chv.errors.ConfigError` with the field that is at fault.
+    """
+    with contextlib.ExitStack() as opened:
+        result = []
+        for place in places(config):
+            device = _open(place)
+            opened.callback(device.close)
+            result.append(Peripheral(device, place.slot))
+        opened.pop_all()
+    return result
+
+
+def _open(place: Place) -> VirtioDevice:
+    # Each is imported when there is one: a VM without a network needs no netlink.
+    if place.kind == "disk":
+        from .virtio.block import Block
+
+        return Block.open(place.config, place.field, place.name)
+    if place.kind == "net":
+        from .virtio.net import Net
+
+        return Net.open(place.config, place.field, place.name)
+    if place.kind == "rng":
+        from .virtio.rng import Rng
+
+        return Rng.open(place.config, place.field, place.name)
+    from .virtio.console import Console
+
+    return Console.open(place.config, place.field, place.name)
