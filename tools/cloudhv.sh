@@ -5,8 +5,8 @@
 #     tools/cloudhv.sh --if-present      the same, but build nothing: exit status 1 if it is not there
 #
 # Debian packages EDK2's builds for QEMU, not this one. So it is built from Debian's own source package edk2, from the
-# mirror that this machine's apt uses: about 7 minutes on two cores, 75 MB to download, 1 GB on disk while it is built,
-# 4 MiB when it is done. Once for each version of the package. Nothing is installed, and no root is needed.
+# mirror that this machine's apt uses: about 7 minutes on two cores, 27 MB to download, less than 1 GB on disk while it is
+# built, 4 MiB when it is done. Once for each version of the package. Nothing is installed, and no root is needed.
 #
 # Needs: build-essential nasm acpica-tools uuid-dev, and python3-distutils where Debian has that (12, not 13).
 set -euo pipefail
