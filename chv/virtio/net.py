@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from .. import net
 from ..errors import ConfigError, NotSupportedYet
 from ._net import Receiver, Sender
-from .device import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_RESET, F_VERSION_1, VirtioDevice
+from .device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice
 
 if TYPE_CHECKING:
     from .._virtqueue import Queue
@@ -295,7 +295,7 @@ class Net(VirtioDevice):
 
 def _offered(tap: int, *, tso: bool, ufo: bool, csum: bool) -> int:
     """The features of a device on a tap with these offloads (segments need checksums: 5.1.3.1)."""
-    features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | F_RING_RESET
+    features = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX
     features |= F_MAC | F_STATUS | F_CTRL_VQ | F_MRG_RXBUF
     if csum and tap & net.TUN_F_CSUM:
         features |= F_CSUM | F_GUEST_CSUM | F_CTRL_GUEST_OFFLOADS

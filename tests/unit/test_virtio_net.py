@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from chv.config import NetConfig
 from chv.config.schema import RateLimiterConfig
 from chv.errors import ConfigError, NotSupportedYet
-from chv.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_RESET, F_VERSION_1
+from chv.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
 from chv.virtio.net import (
     F_CSUM,
     F_CTRL_GUEST_OFFLOADS,
@@ -39,7 +39,7 @@ from chv.virtio.net import (
 
 from .virtio_net_bench import ALL_OFFLOADS, HEADER, MAC, Bench, SocketWire, eventually, frame
 
-BASE = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | F_RING_RESET | F_MAC | F_STATUS | F_CTRL_VQ | F_MRG_RXBUF
+BASE = F_VERSION_1 | F_INDIRECT_DESC | F_EVENT_IDX | F_MAC | F_STATUS | F_CTRL_VQ | F_MRG_RXBUF
 CSUM = F_CSUM | F_GUEST_CSUM | F_CTRL_GUEST_OFFLOADS
 TSO = F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
 UFO = F_GUEST_UFO | F_HOST_UFO
