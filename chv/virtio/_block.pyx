@@ -157,7 +157,7 @@ cdef void start(worker *w, chain *c) noexcept nogil:
     cdef int status = parse(w.d, c, r)
     r.started = w.now
     if status == PENDING and w.ring.fd >= 0 and not must_wait(w, r):
-        if r.op != OP_RANGE:
+        if r.op == OP_READ or r.op == OP_WRITE:  # the next chain needs the queue's own array
             memcpy(r.room, r.iov, r.count * sizeof(iovec))
             r.iov = r.room
         w.free_slots = r.next

@@ -169,7 +169,8 @@ cdef inline int parse(disk *d, chain *c, request *r) noexcept nogil:
     r.head = c.head
     r.type = <uint32_t>-1
     r.durable = False
-    r.bytes = r.left = 0
+    r.bytes = r.left = r.offset = 0
+    r.count = 0
     r.status = NULL
     if c.writable == 0:
         return S_IOERR
