@@ -15,13 +15,14 @@ export PYTHONDONTWRITEBYTECODE=
 
 SHELL := /bin/bash
 
-.PHONY: help setup build demo test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-pythons clean distclean
+.PHONY: help setup build images image firmware demo test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-pythons clean distclean
 
 help:
 	@echo 'make demo          boot Debian with 4 vCPUs, add 4, bring them online, reboot: the whole story'
 	@echo 'make test          everything below, with one summary at the end'
 	@echo 'make setup         Debian packages, virtual environment, guest kernels (the others do this first)'
 	@echo 'make build         compile what changed in chv'
+	@echo 'make images        a disk image to boot, and firmware for it: 7 minutes the first time'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make test-unit     no /dev/kvm needed'
 	@echo 'make test-kvm      /dev/kvm and tiny guests'
@@ -40,13 +41,23 @@ build: setup .venv/build.stamp
 	@$(PYTHON) setup.py -q build_ext --inplace >.cache/logs/build.log 2>&1 || { tail -n 60 .cache/logs/build.log; exit 1; }
 	@touch $@
 
+# What the tests of disk images boot: made once, then kept in .cache.
+images: setup
+	@$(MAKE) --no-print-directory -j2 image firmware
+
+image: setup
+	@nice $(PYTHON) -m tests.images
+
+firmware: setup
+	@nice tools/cloudhv.sh >/dev/null
+
 demo: build
 	@$(PYTHON) -m compileall -q chv examples tests
 	@$(LINUX) $(PYTHON) -u -m examples.hotplug_demo \
 	    --kernel .cache/guests/6.12/bzImage --initramfs .cache/guests/6.12/initramfs
 
 test: setup
-	@$(PYTHON) -m tests.report lint test-unit test-kvm test-linux test-pythons
+	@$(PYTHON) -m tests.report images lint test-unit test-kvm test-linux test-pythons
 
 lint: build
 	$(PYTHON) -m ruff check .

@@ -67,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .remote import main as remote_main
 
             return remote_main(arguments[1:])
+        if arguments[:1] == ["image"]:
+            from .image_cli import main as image_main
+
+            return image_main(arguments[1:])
         return _main(arguments)
     except KeyboardInterrupt:
         return 130

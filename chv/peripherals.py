@@ -6,10 +6,12 @@ They belong to the VM and live over reboots; each power-on puts transports in fr
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .config.devices import Place, places
+from .config.devices import SLOTS, Place, places
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .config import VmConfig
@@ -42,6 +44,21 @@ def open_all(config: VmConfig) -> list[Peripheral]:
             result.append(Peripheral(device, place.slot))
         opened.pop_all()
     return result
+
+
+def plug(taken: Sequence[Place], devices: Sequence[VirtioDevice]) -> list[Peripheral]:
+    """Slots for a program's own devices, behind those that are taken.
+
+    Raises :class:`chv.errors.ConfigError` for a name that is taken and when there are too many.
+    """
+    names = [place.name for place in taken] + [device.name for device in devices]
+    for device in devices:
+        if names.count(device.name) > 1:
+            raise ConfigError(f"devices: {device.name!r} is the name of two devices")
+    free = [slot for slot in SLOTS if slot not in {place.slot for place in taken}]
+    if len(devices) > len(free):
+        raise ConfigError(f"devices: {len(names)} are too many; there are slots for {len(SLOTS)} in all")
+    return [Peripheral(device, slot) for device, slot in zip(devices, free, strict=False)]
 
 
 def _open(place: Place) -> VirtioDevice:

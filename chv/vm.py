@@ -18,13 +18,14 @@ from . import exits, layout, ranges, vcpu
 from ._bus import SlotNames
 from .acpi.ged import Event
 from .config import ConsoleMode, PayloadConfig, VmConfig, VmState, make_config, validate
+from .config.devices import places
 from .devices.backend import Backend, Fds, open_backend
 from .devices.serial import SerialPort
 from .errors import ConfigError, NotSupportedYet, ResizeError, ResizePending, StateError
 from .interrupts import Irq
 from .machine import Machine
 from .memory import GuestMemory
-from .peripherals import Peripheral, open_all
+from .peripherals import Peripheral, open_all, plug
 from .ranges import Range
 from .threads import leave_signals_to_main
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ._bus import Handler
     from .boot import Payload
     from .cpu_hotplug import CpuSlot
+    from .virtio.device import VirtioDevice
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +139,7 @@ class VM:
         self._serial: SerialPort | None = None
         self._serial_irq: Irq | None = None
         self._peripherals: list[Peripheral] = []
+        self._users_devices: list[VirtioDevice] = []
         self._ranges: list[Range] = []
         self._slots = SlotNames()
         self._past_exits: exits.Statistics = {}
@@ -162,6 +165,20 @@ class VM:
     def add_mmio(self, base: int, size: int, handler: Handler, name: str = "") -> None:
         """Like :meth:`add_pio`, for guest-physical addresses outside RAM."""
         self._add_range(Range("mmio", base, size, handler, name or type(handler).__name__))
+
+    def add_device(self, device: VirtioDevice) -> None:
+        """Give the guest a virtio device of yours, before boot; see docs/virtqueues.md.
+
+        It gets the lowest free PCI slot behind the configuration's devices, and stays over reboots and
+        power-offs. It is yours to close, after the VM. Raises :class:`chv.errors.ConfigError` for a name
+        that another device has, or when no slot is free.
+        """
+        with self._locked():
+            self._check_not_deleted()
+            if self._machine is not None:
+                raise StateError("add_device: the VM runs; devices cannot be added to it yet")
+            plug(places(self.config), [*self._users_devices, device])
+            self._users_devices.append(device)
 
     def _add_range(self, new: Range) -> None:
         with self._locked():
@@ -428,7 +445,8 @@ class VM:
         """What outlives a reboot: memory, the unpacked kernel, the serial line."""
         config = self.config
         self._memory = GuestMemory(config.memory.size, thp=config.memory.thp)
-        self._peripherals = open_all(config)
+        users = plug(places(config), self._users_devices)
+        self._peripherals = [*open_all(config), *users]
         for peripheral in self._peripherals:
             if (pty_path := getattr(peripheral.device, "pty_path", None)) is not None:
                 config.console.file = pty_path
@@ -452,8 +470,12 @@ class VM:
                 cmdline=payload.cmdline or "",
                 memory_size=self.config.memory.size,
             )
-        raise NotSupportedYet(
-            "payload.kernel: missing; chv cannot boot a disk without a kernel or firmware yet"
+        assert self.config.disks  # validated
+        return boot.prepare_image(
+            self.config.disks[0].path or "",
+            payload.boot_entry,
+            cmdline=payload.cmdline or "",
+            memory_size=self.config.memory.size,
         )
 
     def _open_serial(self) -> Backend:
@@ -474,7 +496,8 @@ class VM:
             if self._serial is not None:
                 stack.callback(self._serial.close)
             for peripheral in self._peripherals:
-                stack.callback(peripheral.device.close)
+                if peripheral.device not in self._users_devices:
+                    stack.callback(peripheral.device.close)
             self._memory = self._payload = self._serial = self._serial_irq = None
             self._peripherals = []
 

@@ -24,9 +24,13 @@ quietly() {
 # --- Debian packages ------------------------------------------------------------------
 
 PACKAGES="qemu-system-x86 qemu-system-common acpica-tools busybox-static cpio xz-utils zstd lz4
-          gcc libc6-dev make linux-libc-dev python3-dev python3-venv util-linux socat curl ca-certificates"
-# Worth having, but not in every release: fwts tests ACPI tables, virtiofsd left QEMU's package in Debian 13.
-OPTIONAL="fwts virtiofsd debian-archive-keyring"
+          gcc libc6-dev make linux-libc-dev python3-dev python3-venv util-linux socat curl ca-certificates
+          mmdebstrap mtools dosfstools fdisk e2fsprogs openssh-client iproute2"
+# What tools/cloudhv.sh builds the firmware with.
+PACKAGES="$PACKAGES build-essential nasm uuid-dev"
+# Worth having, but not in every release: fwts tests ACPI tables, virtiofsd left QEMU's package in Debian 13,
+# EDK2 of 2022 is built with Python's distutils.
+OPTIONAL="fwts virtiofsd debian-archive-keyring python3-distutils"
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 offered() { apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'; }

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .entry import EntryPoint
-from .payload import Payload, load, prepare
+from .payload import Payload, load, prepare, prepare_image
 
-__all__ = ["EntryPoint", "Payload", "load", "prepare"]
+__all__ = ["EntryPoint", "Payload", "load", "prepare", "prepare_image"]

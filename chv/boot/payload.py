@@ -115,6 +115,25 @@ def prepare(
     return Payload(loadable, extra, text)
 
 
+def prepare_image(
+    path: StrPath, boot_entry: str | None = None, *, cmdline: str = "", memory_size: int | None = None
+) -> Payload:
+    """Open, check and unpack what a disk image boots: one of its boot entries, the default if that is None.
+
+    ``cmdline`` follows the entry's own options. The image is closed again when this returns. Raises
+    :class:`chv.errors.ImageError` for an image that cannot be read or has no such entry.
+    """
+    from .image import open_image
+
+    with open_image(path) as image, image.load(image.select(boot_entry)) as found:
+        return prepare(
+            kernel=found.kernel,
+            initramfs=found.initramfs,
+            cmdline=f"{found.cmdline} {cmdline}".strip(),
+            memory_size=memory_size,
+        )
+
+
 def load(
     memory: GuestMemory,
     *,

@@ -86,7 +86,7 @@ class VirtioPci(PciFunction):
         self._notified_at: int | None = None  # where the ioeventfds are
         self._add_capabilities()
         self.add_bar(BAR, BAR_SIZE)
-        self._range = mmio.add_movable(BAR_SIZE, _Bar(self), device.name)
+        self._range = mmio.add_movable(BAR_SIZE, _Bar(self), f"{device.name.strip('_')}-bar")
 
     # -- configuration space
 
