@@ -46,7 +46,10 @@ cdef extern from *:
 cdef enum:
     MAX_IN_FLIGHT = 1024         # requests of one queue
     MAX_BYTES_IN_FLIGHT = 1 << 28  # more wait in the ring: stopping must not take long
-    LATE = 50000                 # ns: by plain calls, the guest is told of what is done at least as often
+    LATE = 50000                 # ns: with plain calls, what else is complete is looked at as often, and signalled
+    SHORT_WRITE = 1 << 17        # bytes
+    STALL = 1000000              # ns: a write to the page cache that takes so long has waited for something
+    STALLED = 100000000          # ns: then the next ones may, too
     KICK = 0                     # user_data of the polls; requests have their address there
     WAKE = 1
 
@@ -77,6 +80,7 @@ cdef struct worker:
     uint32_t in_flight
     uint64_t bytes_in_flight
     uint64_t now                 # when the present batch was taken
+    uint64_t stalled_until
     bint ring_failed
 
 
@@ -151,12 +155,35 @@ cdef bint must_wait(worker *w, request *r) noexcept nogil:
     return r.count > w.room or (w.d.direct and not aligned(w.d, r))
 
 
-cdef void start(worker *w, chain *c) noexcept nogil:
-    """Begin with a chain: in io_uring if it is open and can do it, else at once and to the end."""
+cdef bint is_quick(worker *w, request *r) noexcept nogil:
+    """Whether it is a short write into the page cache. Most file systems let io_uring do those in threads of
+    the kernel's only, which costs more than the write. While writes have to wait it is right all the same."""
+    return (r.op == OP_WRITE and not r.durable and not w.d.direct and r.left <= SHORT_WRITE
+            and w.now >= w.stalled_until)
+
+
+cdef void do_now(worker *w, request *r) noexcept nogil:
+    """Do a request by plain calls, but let what was prepared begin before."""
+    cdef uint64_t begin = monotonic_ns(), end
+    cdef int status
+    if w.ring.fd >= 0 and w.ring.prepared != w.ring.sq_tail[0]:
+        uring_enter(&w.ring, False)
+    status = do_request(w.d, r, &w.buffer)
+    end = monotonic_ns()
+    if end - begin > STALL:
+        w.stalled_until = end + STALLED
+    finish(w, r, status, end)
+
+
+cdef bint start(worker *w, chain *c) noexcept nogil:
+    """Begin with a chain: in io_uring if it is open and can do it, else at once and to the end (True)."""
     cdef request *r = w.free_slots
     cdef int status = parse(w.d, c, r)
     r.started = w.now
-    if status == PENDING and w.ring.fd >= 0 and not must_wait(w, r):
+    if status != PENDING:
+        finish(w, r, status, w.now)
+        return False
+    if w.ring.fd >= 0 and not must_wait(w, r) and not is_quick(w, r):
         if r.op == OP_READ or r.op == OP_WRITE:  # the next chain needs the queue's own array
             memcpy(r.room, r.iov, r.count * sizeof(iovec))
             r.iov = r.room
@@ -164,10 +191,9 @@ cdef void start(worker *w, chain *c) noexcept nogil:
         w.in_flight += 1
         w.bytes_in_flight += r.bytes
         submit(w, r)
-        return
-    if status == PENDING:
-        status = do_request(w.d, r, &w.buffer)
-    finish(w, r, status, monotonic_ns())
+        return False
+    do_now(w, r)
+    return True
 
 
 # -- with io_uring ------------------------------------------------------------------------------
@@ -260,7 +286,8 @@ cdef bint take(worker *w) noexcept nogil:
     for i in range(w.q.size):
         if full(w) or vq_pop(w.q, &c) <= 0:
             return False
-        start(w, &c)
+        if start(w, &c) and monotonic_ns() - w.now > LATE:
+            break
     return True
 
 

@@ -137,6 +137,27 @@ def test_a_request_in_more_pieces_than_io_uring_is_given_at_once(open_disk: Open
     assert bench.read(3, 1400 * 512) == (OK, b"".join(pieces))
 
 
+def cut(data: bytes, size: int) -> list[bytes]:
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+@pytest.mark.parametrize("pieces", [1, 7])
+def test_large_writes_and_flushes_among_short_ones(disk: Bench, image: Path, pieces: int) -> None:
+    """Some of them by io_uring and some by plain calls, with slots that are used again."""
+    large = os.urandom(700 * SECTOR)
+    for n in range(6):
+        for sector in range(4):
+            disk.add([header(OUT, 1000 + sector), bytes([n]) * SECTOR])
+        disk.add([header(OUT, n), *cut(large, 100 * SECTOR)[:pieces]])
+        disk.add([header(FLUSH)])
+        disk.queues[0].kick()
+        assert {answer[0] for answer in disk.answers(6).values()} == {OK}
+        content = image.read_bytes()
+        assert content[n * SECTOR : (n + 100 * pieces) * SECTOR] == large[: 100 * pieces * SECTOR]
+        assert content[1000 * SECTOR : 1004 * SECTOR] == bytes([n]) * 4 * SECTOR
+        large = os.urandom(700 * SECTOR)
+
+
 def test_many_requests_at_once_all_come_back(open_disk: Open, image: Path) -> None:
     bench = open_disk(queue_size=256, ring_size=256)
     content = image.read_bytes()
