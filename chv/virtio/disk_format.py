@@ -43,7 +43,8 @@ def check_content(fd: int, size: int, path: str, field: str) -> None:
     if name is not None:
         raise ConfigError(
             f"{field}.path: {path} is a {name} image and chv reads raw ones: convert it with "
-            f"`qemu-img convert -f {name} -O raw`. If it is a raw disk all the same, say so: image_type=Raw"
+            f"`qemu-img convert -f {name} -O raw`. If it is a raw disk all the same, say so: "
+            "image_type=raw (Raw in Python and over REST)"
         )
 
 

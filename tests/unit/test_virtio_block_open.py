@@ -216,7 +216,8 @@ def test_other_formats_are_recognized(image: Path, content: bytes, name: str) ->
     image.write_bytes(content)
     assert message(image) == (
         f"disks[0].path: {image} is a {name} image and chv reads raw ones: convert it with "
-        f"`qemu-img convert -f {name} -O raw`. If it is a raw disk all the same, say so: image_type=Raw"
+        f"`qemu-img convert -f {name} -O raw`. If it is a raw disk all the same, say so: "
+        "image_type=raw (Raw in Python and over REST)"
     )
     open_disk(image, image_type=ImageType.RAW).close()
 
