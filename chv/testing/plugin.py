@@ -88,7 +88,7 @@ def vm_parts(item: pytest.Item, own: dict[str, Any]) -> dict[str, Any]:
     for marker in reversed(list(item.iter_markers("chv"))):
         parts.update(marker.kwargs)
     parts.update(own)
-    if not parts.get("kernel"):
+    if not (parts.get("kernel") or parts.get("firmware") or parts.get("disks")):
         raise pytest.UsageError(
             "the vm fixture needs a kernel: give pytest --chv-kernel=FILE (and --chv-initramfs=FILE), "
             "set chv_kernel in the ini file, or mark the test with @pytest.mark.chv(kernel=...)"
