@@ -56,7 +56,6 @@ class Image:
         self._file_max = file_max
         self._volumes: list[Fat] = []
         self._unreadable: list[ImageError] = []  # partitions without a FAT file system
-        disk.require_raw()
         entries: list[BootEntry] = []
         for partition in boot_partitions(disk):
             try:

@@ -176,6 +176,7 @@ def _from_mbr(disk: Disk, sector: bytes, types: set[int]) -> list[Partition]:
                 break
     if found:
         return found
+    disk.require_raw()
     head = disk.read(0, min(disk.size, identify.HEAD))
     what = identify.describe(head)
     if what == "is a disk image (boot sector)" and types:

@@ -388,3 +388,10 @@ def test_a_partition_type_is_stored_as_the_standard_says(path: Path) -> None:
     path.write_bytes(data.replace(ESP.bytes_le, uuid.UUID(int=1).bytes_le))
     with pytest.raises(ImageError, match="broken"):
         open_image(path)
+
+
+def test_a_raw_disk_that_begins_like_another_format(path: Path) -> None:
+    """A guest may write there what it likes; the partition table says that it is a disk."""
+    path.write_bytes(b"QFI\xfb" + disk()[4:])
+    with open_image(path) as image:
+        assert image.default.id == "debian-6.12.conf"
