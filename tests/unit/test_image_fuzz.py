@@ -65,10 +65,15 @@ def test_chosen_changes(path: str, which: int, changes: list[tuple[int, int, byt
     assert use(path) in ("loaded", "listed", "refused")
 
 
-@given(cut=st.integers(0, len(SEEDS[0])))
+BACKUP = 33 * 512  # the second partition table, behind all partitions
+
+
+@given(cut=st.integers(0, len(SEEDS[0])) | st.integers(len(SEEDS[0]) - 2 * BACKUP, len(SEEDS[0])))
+@example(cut=len(SEEDS[0]) - BACKUP)
+@example(cut=len(SEEDS[0]) - BACKUP - 1)
 def test_an_image_that_is_cut_off(path: str, cut: int) -> None:
     store(path, SEEDS[0][:cut])
-    assert use(path) == ("loaded" if cut == len(SEEDS[0]) else "refused")
+    assert use(path) == ("loaded" if cut >= len(SEEDS[0]) - BACKUP else "refused")
 
 
 @given(head=st.binary(max_size=1200))
