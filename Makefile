@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE=
 
 SHELL := /bin/bash
 
-.PHONY: help setup build images image firmware demo test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-pythons clean distclean
+.PHONY: help setup build images image firmware demo test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-firmware test-pythons clean distclean
 
 help:
 	@echo 'make demo          boot Debian with 4 vCPUs, add 4, bring them online, reboot: the whole story'
@@ -27,6 +27,7 @@ help:
 	@echo 'make test-unit     no /dev/kvm needed'
 	@echo 'make test-kvm      /dev/kvm and tiny guests'
 	@echo 'make test-linux    Linux guests, in the testbed where /dev/kvm cannot run them'
+	@echo 'make test-firmware EDK2 boots the disk image, in the testbed likewise'
 	@echo 'make test-pythons  build a wheel and run the unit tests with every Python >= 3.11 of this machine'
 	@echo 'make clean         remove what was built; distclean also what was downloaded and the environment'
 
@@ -57,7 +58,7 @@ demo: build
 	    --kernel .cache/guests/6.12/bzImage --initramfs .cache/guests/6.12/initramfs
 
 test: setup
-	@$(PYTHON) -m tests.report images lint test-unit test-kvm test-linux test-pythons
+	@$(PYTHON) -m tests.report images lint test-unit test-kvm test-linux test-firmware test-pythons
 
 lint: build
 	$(PYTHON) -m ruff check .
@@ -82,7 +83,14 @@ test-linux: build
 
 test-linux-1 test-linux-2: test-linux-%:
 	@set -o pipefail; $(LINUX) $(PYTHON) -m pytest tests/linux --part $*/2 -v --junitxml=$(JUNIT)/test-linux-$*.xml \
-	    --chv-logs=$(RESULTS)/consoles 2>&1 | sed -u 's/^/[$*] /'
+	    -m 'not firmware' --chv-logs=$(RESULTS)/consoles 2>&1 | sed -u 's/^/[$*] /'
+
+# QEMU 7.2 ends with an assertion of its own when a nested guest writes CR8 at a bad moment, as EDK2 does.
+test-firmware: build
+	@mkdir -p $(JUNIT)
+	@$(PYTHON) -m compileall -q chv tests
+	$(PYTHON) -m tests.testbed --tries 4 --if-needed linux --results $(RESULTS) --modules tun -- \
+	    $(PYTHON) -m pytest tests/linux -m firmware -v --junitxml=$(JUNIT)/test-firmware.xml --chv-logs=$(RESULTS)/consoles
 
 test-pythons: build
 	@tools/test_pythons.sh $(JUNIT)

@@ -122,6 +122,7 @@ def test_an_image_boots_without_firmware(vm_factory: Callable[..., Guest], image
     inside(image, f"{fio} --ioengine=libaio --iodepth=16 --minimal", timeout=300)
 
 
+@pytest.mark.firmware
 def test_an_image_boots_with_edk2(vm_factory: Callable[..., Guest], image: ClearImage) -> None:
     vm = vm_factory(
         kernel=firmware(), disks=f"path={image.path}", net=network(image), cpus="boot=2,max=4", memory="1G"

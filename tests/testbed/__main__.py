@@ -31,6 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.if_needed and not wanted_for(options.if_needed):
         os.execvpe(options.command[0], options.command, environment(inside=False))
+    for attempt in range(1, options.tries + 1):
+        status = run(options)
+        if status != DIED or attempt == options.tries:
+            break
+        print(f"testbed: attempt {attempt} of {options.tries}; again", file=sys.stderr, flush=True)
+    return status
+
+
+def run(options: argparse.Namespace) -> int:
+    """Start a machine and run the command in it; the exit status."""
     results = options.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -66,6 +76,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpus", type=int, default=1, help="default %(default)s; see docs/testing.md")
     parser.add_argument(
         "--modules", default="", metavar="NAME,...", help="more kernel modules, e.g. tun,vhost_net"
+    )
+    parser.add_argument(
+        "--tries",
+        type=int,
+        default=1,
+        metavar="N",
+        help="start again, so often at most, if the machine itself dies",
     )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="end the command after that time")
     parser.add_argument(
