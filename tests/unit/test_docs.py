@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import chv
-from chv import cli, errors, ranges, remote
+from chv import cli, errors, image_cli, ranges, remote
 from chv.api.app import NOT_BUILT, ROOT, routes
 from chv.api.client import Client
 from chv.testing import Console, Guest, plugin
@@ -155,6 +155,9 @@ def test_chv_takes_the_command_line(command: Command) -> None:
         assert options.command not in remote.UNBUILT
         if options.command != "create":  # it reads a file
             remote.prepare(options)
+        return
+    if arguments[0] == "image":
+        assert image_cli.build_parser().parse_args(arguments[1:]).command == "entries"
         return
     options = cli.build_parser().parse_args(arguments)
     cli._refuse_unbuilt(options)
