@@ -85,12 +85,16 @@ test-linux-1 test-linux-2: test-linux-%:
 	@set -o pipefail; $(LINUX) $(PYTHON) -m pytest tests/linux --part $*/2 -v --junitxml=$(JUNIT)/test-linux-$*.xml \
 	    -m 'not firmware' --chv-logs=$(RESULTS)/consoles 2>&1 | sed -u 's/^/[$*] /'
 
-# QEMU 7.2 ends with an assertion of its own when a nested guest writes CR8 at a bad moment, as EDK2 does.
+# QEMU 7.2 ends with an assertion of its own when a nested guest writes CR8 while an interrupt waits, as EDK2's
+# interrupt handlers do. Most attempts fail so, within half a minute; if all do, the test counts as skipped (125:
+# the testbed died). What EDK2 itself or chv does wrong is a failure as ever.
 test-firmware: build
 	@mkdir -p $(JUNIT)
 	@$(PYTHON) -m compileall -q chv tests
-	$(PYTHON) -m tests.testbed --tries 4 --if-needed linux --results $(RESULTS) --modules tun -- \
-	    $(PYTHON) -m pytest tests/linux -m firmware -v --junitxml=$(JUNIT)/test-firmware.xml --chv-logs=$(RESULTS)/consoles
+	@$(PYTHON) -m tests.testbed --tries 12 --if-needed linux --results $(RESULTS) --modules tun -- \
+	    $(PYTHON) -m pytest tests/linux -m firmware -v --junitxml=$(JUNIT)/test-firmware.xml --chv-logs=$(RESULTS)/consoles \
+	|| { [ $$? = 125 ] && grep -q 'tcg_handle_interrupt: assertion failed' $(RESULTS)/testbed-qemu.log \
+	&& echo '<testsuite><testcase classname="tests.linux.test_image" name="test_an_image_boots_with_edk2"><skipped message="QEMU ended with its own assertion in tcg_handle_interrupt in each of 12 testbeds"/></testcase></testsuite>' >$(JUNIT)/test-firmware.xml; }
 
 test-pythons: build
 	@tools/test_pythons.sh $(JUNIT)
