@@ -28,8 +28,10 @@ class MemoryUart:
     def read(self, offset: int, size: int) -> int:
         if offset == 5:  # line status: ready to send, everything sent
             return 0x60
-        if offset == 2:  # no interrupt is pending; the FIFOs are on
-            return 0xC1
+        if offset == 2:  # the FIFOs are on; "ready to send" if the driver wants to hear that, else nothing
+            return 0xC2 if self.registers[1] & 2 else 0xC1
+        if offset == 6:  # modem status: somebody is there
+            return 0xB0
         return self.registers[offset]
 
     def write(self, offset: int, size: int, value: int) -> None:
