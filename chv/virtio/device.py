@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from ..threads import leave_signals_to_main
 
 if TYPE_CHECKING:
     from .._virtqueue import Queue
+
+log = logging.getLogger(__name__)
 
 # Feature bits that are not one device's own (virtio 1.2, 6).
 F_INDIRECT_DESC = 1 << 28
@@ -40,6 +43,7 @@ class VirtioDevice(ABC):
         self.queue_sizes = tuple(queue_sizes)  #: the most entries of each queue, powers of two
         self.accepted = 0  #: the features of the present driver
         self.config_changed: Callable[[], None] = _nothing  #: tell the driver; set by the transport
+        self.failure: str | None = None  #: why the device itself is broken, until it is reset
         self._workers: list[tuple[threading.Thread, Queue]] = []
 
     # -- the driver's side
@@ -54,14 +58,8 @@ class VirtioDevice(ABC):
     def start(self, queues: Mapping[int, Queue], features: int) -> None:
         """Serve ``queues`` (number -> each that the driver enabled) with a thread each, in :meth:`work`."""
         self.accepted = features
-        for index, queue in sorted(queues.items()):
-            queue.prepare()
-            thread = threading.Thread(
-                target=self._run, args=(queue,), name=f"{self.name}.{index}", daemon=True
-            )
-            self._workers.append((thread, queue))
-        for thread, _ in self._workers:
-            thread.start()
+        for _, queue in sorted(queues.items()):
+            self.start_queue(queue)
 
     def stop(self) -> None:
         """End the workers. What they took from the rings has been completed, or is given back unused.
@@ -84,23 +82,29 @@ class VirtioDevice(ABC):
                 return
 
     def start_queue(self, queue: Queue) -> None:
-        """Start one queue's worker again."""
+        """Start one queue's worker (again)."""
         queue.prepare()
         thread = threading.Thread(
             target=self._run, args=(queue,), name=f"{self.name}.{queue.index}", daemon=True
         )
-        self._workers.append((thread, queue))
         thread.start()
+        self._workers.append((thread, queue))
 
     def _run(self, queue: Queue) -> None:
         leave_signals_to_main()
-        self.work(queue)
+        try:
+            self.work(queue)
+        except Exception as error:
+            log.exception("%s: the worker of queue %d ended", self.name, queue.index)
+            self.failure = f"queue {queue.index}: {error!r}"
+            self.config_changed()
 
     @abstractmethod
     def work(self, queue: Queue) -> None:
         """Serve one queue until ``queue.stop()``; in a thread of its own, without the GIL where it is hot.
 
-        It must not raise, whatever the guest does; a ring that breaks ends it.
+        It must not raise, whatever the guest does; a ring that breaks ends it. What it raises is logged,
+        and the driver is told that the device needs a reset.
         """
 
     def reset(self) -> None:

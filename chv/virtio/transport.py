@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from .._irq import IrqSource, IrqStatus
@@ -81,6 +82,7 @@ class VirtioPci(PciFunction):
             for index, (size, irq) in enumerate(zip(device.queue_sizes, self._queue_irqs, strict=True))
         ]
         self._msix = Msix(len(self.queues) + 1, routes)
+        self._irq_lock = threading.Lock()  # of the vectors and of which cause has which; nothing waits in it
         self._chosen: dict[int, int] = {}  # cause -> vector, as the driver wrote it
         self.common = CommonConfig(device, self.queues, self._config_irq, self._vector_changed)
         self._notified_at: int | None = None  # where the ioeventfds are
@@ -111,7 +113,8 @@ class VirtioPci(PciFunction):
 
     def config_written(self, offset: int, size: int) -> None:
         if offset < self._msix_control + 2 and offset + size > self._msix_control:
-            self._msix.set_control(self.config.get(self._msix_control, 2))
+            with self._irq_lock:
+                self._msix.set_control(self.config.get(self._msix_control, 2))
             self._connect()
         if offset < COMMAND + 2 and offset + size > COMMAND:
             self._connect()
@@ -191,7 +194,7 @@ class VirtioPci(PciFunction):
         elif NOTIFY <= offset < MSIX_TABLE:
             self.common.notify((offset - NOTIFY) // NOTIFY_MULTIPLIER)
         elif MSIX_TABLE <= offset < MSIX_PENDING:
-            with self.lock:
+            with self._irq_lock:
                 self._msix.table_write(offset - MSIX_TABLE, size, value)
 
     def _read_device(self, offset: int, size: int) -> int:
@@ -202,15 +205,17 @@ class VirtioPci(PciFunction):
     def _vector_changed(self, cause: int, vector: int) -> bool:
         """The driver gives a cause (-1: the configuration, else a queue) a vector; whether it exists."""
         known = vector < self._msix.count
-        self._chosen.pop(cause, None)
-        if known:
-            self._chosen[cause] = vector
-        self._connect_one(cause)
+        with self._irq_lock:
+            self._chosen.pop(cause, None)
+            if known:
+                self._chosen[cause] = vector
+            self._connect_one(cause)
         return known
 
     def _connect(self) -> None:
-        for cause in range(-1, len(self.queues)):
-            self._connect_one(cause)
+        with self._irq_lock:
+            for cause in range(-1, len(self.queues)):
+                self._connect_one(cause)
 
     def _connect_one(self, cause: int) -> None:
         source = self._config_irq if cause < 0 else self._queue_irqs[cause]
@@ -235,12 +240,20 @@ class VirtioPci(PciFunction):
         self.common.resume()
 
     def save(self) -> dict[str, Any]:
-        return {**super().save(), "common": self.common.save(), "msix": self._msix.save()}
+        return {
+            **super().save(),
+            "common": self.common.save(),
+            "msix": self._msix.save(),
+            "isr": self._isr.value,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._msix.load(state["msix"])
         self.common.load(state["common"])
+        for bit in (1, 2):
+            if state["isr"] & bit:
+                IrqSource(self._isr, bit).pulse()
         self._connect()
 
     def close(self) -> None:
