@@ -86,13 +86,15 @@ def prepare(
     *,
     memory_size: int | None = None,
     cache_dir: StrPath | None = None,
+    kernel_name: str | None = None,
+    initramfs_name: str | None = None,
 ) -> Payload:
     """Open, check and unpack what is to be booted: ``kernel`` or ``firmware``, one of the two.
 
     ``memory_size`` (bytes), when known, bounds what a compressed kernel may unpack to. With ``cache_dir``,
     for example :func:`chv.boot.cache.default_directory`, unpacked kernels are kept in that folder and taken
-    from it. Raises :class:`chv.errors.ImageError` for a file and :class:`chv.errors.ConfigError` for an
-    argument.
+    from it. ``kernel_name`` and ``initramfs_name`` stand for the paths in messages. Raises
+    :class:`chv.errors.ImageError` for a file and :class:`chv.errors.ConfigError` for an argument.
     """
     if kernel is not None and firmware is not None:
         raise ConfigError("payload: kernel and firmware are both given; one of them boots the VM")
@@ -101,14 +103,14 @@ def prepare(
         raise ConfigError("payload: nothing to boot; give a kernel or a firmware")
     text = _encode(cmdline)
     with ExitStack() as opened:  # what is open when something fails
-        file = FileSource(role, main)
+        file = FileSource(role, main, kernel_name)
         opened.callback(file.close)
         loadable, cmdline_max = open_kernel(
             file, memory_size, Path(cache_dir) if cache_dir is not None else None
         )
         opened.callback(loadable.source.close)
         _require_length(text, cmdline_max)
-        extra = None if initramfs is None else FileSource("initramfs", initramfs)
+        extra = None if initramfs is None else FileSource("initramfs", initramfs, initramfs_name)
         opened.pop_all()
     if loadable.source is not file:
         file.close()
@@ -131,6 +133,8 @@ def prepare_image(
             initramfs=found.initramfs,
             cmdline=f"{found.cmdline} {cmdline}".strip(),
             memory_size=memory_size,
+            kernel_name=found.kernel.name,
+            initramfs_name=None if found.initramfs is None else found.initramfs.name,
         )
 
 

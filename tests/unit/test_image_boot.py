@@ -395,3 +395,17 @@ def test_a_raw_disk_that_begins_like_another_format(path: Path) -> None:
     path.write_bytes(b"QFI\xfb" + disk()[4:])
     with open_image(path) as image:
         assert image.default.id == "debian-6.12.conf"
+
+
+def test_what_is_prepared_from_an_image_names_the_image(path: Path) -> None:
+    path.write_bytes(disk())  # its kernel is no kernel
+    with pytest.raises(ImageError, match=rf"^kernel {path}: .*kernel-6\.12") as error:
+        boot.prepare_image(path)
+    assert "/proc/self" not in str(error.value)
+
+
+def test_an_image_is_prepared_with_its_entrys_options_and_the_users(path: Path) -> None:
+    with opened(path, {"EFI/debian/kernel-6.12": vmlinux()}):
+        pass  # the file is written
+    with boot.prepare_image(path, "debian-6.12", cmdline="single") as prepared:
+        assert prepared._cmdline == b"root=LABEL=root ro quiet single"
