@@ -21,7 +21,9 @@ import sys
 import tempfile
 import time
 import tty
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import chv
 from chv.testing import Console
@@ -35,17 +37,16 @@ class Failed(Exception):
 
 
 class Demo:
-    """One run of ``chv`` and the guest's console."""
+    """One run of ``chv`` with four of eight vCPUs and ``options``, and the guest's console."""
 
-    def __init__(self, kernel: str, initramfs: str, boot_timeout: float) -> None:
+    def __init__(self, options: list[str], boot_timeout: float) -> None:
         self._timeout = boot_timeout
         self._started = time.monotonic()
         self._folder = tempfile.TemporaryDirectory(prefix="chv-demo-")
         self.api_socket = str(Path(self._folder.name) / "ch-socket")
         arguments = [
-            "--kernel", kernel, "--initramfs", initramfs, "--cmdline", "console=ttyS0",
-            "--cpus", "boot=4,max=8", "--memory", "size=1024M", "--serial", "tty", "--console", "off",
-            "--api-socket", self.api_socket,
+            *options, "--cpus", "boot=4,max=8", "--memory", "size=1024M",
+            "--serial", "tty", "--console", "off", "--api-socket", self.api_socket,
         ]  # fmt: skip
         self.say("$ chv " + " ".join(a if " " not in a else f'"{a}"' for a in arguments))
         master, slave = pty.openpty()
@@ -72,12 +73,17 @@ class Demo:
     def guest(self, command: str) -> str:
         """Run a command in the guest, showing it and what it prints."""
         self.say(f"guest# {command}")
-        result = self.console.run(command, timeout=60)
-        for line in result.output.splitlines():
+        status, output = self.run(command)
+        for line in output.splitlines():
             self.say(f"       {line}")
-        if result.status != 0:
-            raise Failed(f"the guest's command ended with status {result.status}")
-        return result.output
+        if status != 0:
+            raise Failed(f"the guest's command ended with status {status}")
+        return output
+
+    def run(self, command: str) -> tuple[int, str]:
+        """Run a command in the guest; its exit status and what it prints."""
+        result = self.console.run(command, timeout=60)
+        return result.status, result.output
 
     def cpu_lists(self, online: str, offline: str) -> None:
         """Show the guest's CPU lists and check them."""
@@ -110,12 +116,16 @@ class Demo:
         """The kernel adds the CPUs a moment after the request was answered."""
         path = f"/sys/devices/system/cpu/cpu{number}/online"
         loop = f"i=0; while [ ! -e {path} ] && [ $i -lt 100 ]; do sleep 0.2; i=$((i+1)); done; [ -e {path} ]"
-        if self.console.run(loop, timeout=60).status != 0:
+        if self.run(loop)[0] != 0:
             raise Failed(f"cpu{number} did not appear in the guest")
 
     def poweroff(self) -> None:
         self.say("guest# poweroff -f")
         self.console.send("poweroff -f\n")
+        self.wait()
+
+    def wait(self) -> None:
+        """Until chv has ended, which it must do with status 0."""
         status = self._process.wait(timeout=60)
         self.say(f"chv ended with status {status}")
         if status != 0:
@@ -161,7 +171,15 @@ def main() -> int:
     parser.add_argument("--initramfs", required=True)
     parser.add_argument("--boot-timeout", type=float, default=120.0, help="seconds that a boot may take")
     options = parser.parse_args()
-    demo = Demo(options.kernel, options.initramfs, options.boot_timeout)
+    kernel = ["--kernel", options.kernel, "--initramfs", options.initramfs, "--cmdline", "console=ttyS0"]
+    return tell(story, Demo(kernel, options.boot_timeout))
+
+
+DemoType = TypeVar("DemoType", bound=Demo)
+
+
+def tell(story: Callable[[DemoType], None], demo: DemoType) -> int:
+    """Run a story to its end; the exit status."""
     try:
         story(demo)
     except (Failed, chv.Error, OSError, subprocess.TimeoutExpired) as error:
