@@ -15,8 +15,8 @@ from chv.testing import Guest
 from chv.virtio.device import F_VERSION_1, VirtioDevice
 
 SECTOR = 512
-READ, WRITE, FLUSH, GET_ID = 0, 1, 4, 8  # request types (virtio 1.2, 5.2.6)
-OK, IO_ERROR, UNSUPPORTED = b"\0", b"\1", b"\2"
+READ, WRITE = 0, 1  # request types (virtio 1.2, 5.2.6)
+OK, IO_ERROR, UNSUPPORTED = b"\0", 1, 2
 
 
 class RamDisk(VirtioDevice):
@@ -35,26 +35,23 @@ class RamDisk(VirtioDevice):
     def work(self, queue: Queue) -> None:
         while not queue.stopping:
             for chain in queue:
-                self.answer(chain)
+                if chain.readable_bytes >= 16 and chain.writable:
+                    self.answer(chain)
                 chain.done()
-            if not queue.enable_kick():
-                queue.wait()
+            queue.wait()
 
     def answer(self, chain: Chain) -> None:
-        request, room = chain.read(), chain.writable_bytes - 1
-        if len(request) < 16 or room < 0:
-            return
-        kind, sector = struct.unpack("<I4xQ", request[:16])
-        start, data = sector * SECTOR, request[16:]
-        if kind == READ and start + room <= len(self.data):
+        request = chain.read(16 + len(self.data))  # a copy, and no more than there can be use for
+        kind, sector = struct.unpack_from("<I4xQ", request)
+        start, room = SECTOR * sector, chain.writable_bytes - 1
+        inside = start + max(room, chain.readable_bytes - 16) <= len(self.data)
+        if kind == READ and inside:
             chain.write(self.data[start : start + room] + OK)
-        elif kind == WRITE and start + len(data) <= len(self.data):
-            self.data[start : start + len(data)] = data
+        elif kind == WRITE and inside and not room:
+            self.data[start : start + len(request) - 16] = request[16:]
             chain.write(OK)
-        elif kind == FLUSH:
-            chain.write(OK)
-        else:
-            chain.write(bytes(room) + (IO_ERROR if kind in (READ, WRITE) else UNSUPPORTED))
+        else:  # the status is the last byte, whatever else there is
+            chain.writable[-1][-1] = IO_ERROR if kind in (READ, WRITE) else UNSUPPORTED
 
 
 def main() -> None:
