@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import fcntl
 import ipaddress
 import os
@@ -34,6 +35,7 @@ WITH_HEADER = net.IFF_TAP | net.IFF_NO_PI | net.IFF_VNET_HDR
 
 
 def descriptors() -> set[str]:
+    gc.collect()  # an exception that was caught may keep the frames that it went through, and their sockets
     return set(os.listdir("/proc/self/fd"))
 
 
