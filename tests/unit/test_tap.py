@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import fcntl
+import gc
 import ipaddress
 import os
 import socket
