@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 
 from chv import layout
 from chv._bus import Bus, SlotNames
@@ -90,6 +91,8 @@ class PciMachine:
         self.memory = GuestMemory(MEMORY)
         self.vm = FakeVm()
         self.resets = 0
+        # Address and data are two accesses: vCPUs that share the ports take turns, as Linux's do.
+        self._ports = threading.Lock()
         slots = SlotNames()
         self.pio, self.mmio = Bus("pio", 0x10000, slots), Bus("mmio", 0, slots)
         self.bus = PciBus(layout.pci_windows(MEMORY, PHYS_BITS), self._reset)
@@ -118,12 +121,14 @@ class PciMachine:
         self.bus.close()
 
     def read(self, slot: int, register: int, size: int = 4) -> int:
-        self.pio.write(0xCF8, 4, 1 << 31 | slot << 11 | register & 0xFC)
-        return self.pio.read(0xCFC + (register & 3), size)
+        with self._ports:
+            self.pio.write(0xCF8, 4, 1 << 31 | slot << 11 | register & 0xFC)
+            return self.pio.read(0xCFC + (register & 3), size)
 
     def write(self, slot: int, register: int, value: int, size: int = 4) -> None:
-        self.pio.write(0xCF8, 4, 1 << 31 | slot << 11 | register & 0xFC)
-        self.pio.write(0xCFC + (register & 3), size, value)
+        with self._ports:
+            self.pio.write(0xCF8, 4, 1 << 31 | slot << 11 | register & 0xFC)
+            self.pio.write(0xCFC + (register & 3), size, value)
 
     def capabilities(self, slot: int) -> list[tuple[int, int]]:
         """(offset, id) of each capability, as a guest walks them."""
