@@ -70,7 +70,7 @@ test: setup
 
 lint: build
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check chv examples tests setup.py
+	$(PYTHON) -m ruff format --check chv examples tests benchmarks setup.py
 	$(PYTHON) -m mypy --strict
 
 test-unit: build

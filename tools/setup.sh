@@ -82,7 +82,7 @@ if [ "$(cat .venv/setup.stamp 2>/dev/null)" != "$wanted" ] || ! .venv/bin/python
     say "virtual environment .venv with $("$python" --version), and chv built into it"
     rm -rf .venv
     quietly "$python" -m venv .venv
-    quietly .venv/bin/pip install --disable-pip-version-check -e '.[test,lint]'
+    quietly .venv/bin/pip install --disable-pip-version-check -e '.[test,lint,bench]'
     echo "$wanted" >.venv/setup.stamp
     touch .venv/build.stamp
 fi
