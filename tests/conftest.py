@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.metadata import entry_points
 
 import pytest
 
 # Where chv is installed pytest finds its plugin by itself; a checkout that was only built has it here.
 pytest_plugins = [] if entry_points(group="pytest11", name="chv") else ["chv.testing.plugin"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """nohup and a shell's ``&`` leave signals ignored, and what tests start would inherit that."""
+    actions = {
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGQUIT: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    for number, action in actions.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, action)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -204,7 +204,11 @@ def wait_ready(process: subprocess.Popen[bytes]) -> None:
 
 def finish(process: subprocess.Popen[bytes]) -> int:
     with process:
-        return process.wait(20)
+        try:
+            return process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
 
 
 @pytest.mark.parametrize(
