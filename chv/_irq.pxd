@@ -15,7 +15,9 @@ cdef struct irq_line:
     pthread_mutex_t lock
     int vm_fd            # -1: the VM is gone
     uint32_t gsi
-    uint32_t asserted    # a bit for each device
+    uint32_t wanted      # a bit for each device with an interrupt
+    uint32_t gated       # a bit for each device whose pin is disabled
+    uint32_t asserted    # a bit for each device that holds the line high
 
 # One cause of an interrupt of one device: a queue's, or that of a configuration change.
 cdef struct irq_source:

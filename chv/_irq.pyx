@@ -43,19 +43,24 @@ cdef void irq_raise(irq_source *source) noexcept nogil:
         line_assert(source.line, source.line_bit)
 
 
+cdef void line_update(irq_line *line, uint32_t wanted, uint32_t gated) noexcept nogil:
+    """Its new state; the caller holds the lock."""
+    cdef bint before = line.asserted != 0
+    line.wanted, line.gated = wanted, gated
+    line.asserted = wanted & ~gated
+    if before != (line.asserted != 0) and line.vm_fd >= 0:
+        chv_set_line(line.vm_fd, line.gsi, not before)
+
+
 cdef void line_assert(irq_line *line, uint32_t bit) noexcept nogil:
     pthread_mutex_lock(&line.lock)
-    if line.asserted == 0 and line.vm_fd >= 0:
-        chv_set_line(line.vm_fd, line.gsi, 1)
-    line.asserted |= bit
+    line_update(line, line.wanted | bit, line.gated)
     pthread_mutex_unlock(&line.lock)
 
 
 cdef void line_deassert(irq_line *line, uint32_t bit) noexcept nogil:
     pthread_mutex_lock(&line.lock)
-    if line.asserted == bit and line.vm_fd >= 0:
-        chv_set_line(line.vm_fd, line.gsi, 0)
-    line.asserted &= ~bit
+    line_update(line, line.wanted & ~bit, line.gated)
     pthread_mutex_unlock(&line.lock)
 
 
@@ -102,6 +107,18 @@ cdef class IrqStatus:
         if self.line is not None:
             line_deassert(&self.line.line, self.line_bit)
         return value
+
+    def gate(self, closed: bool) -> None:
+        """While closed, the pin stays low whatever the status: a function's Interrupt Disable bit.
+
+        An interrupt that waits is raised when it opens (PCI Local Bus 3.0, 6.2.2).
+        """
+        if self.line is None:
+            return
+        line = &self.line.line
+        pthread_mutex_lock(&line.lock)
+        line_update(line, line.wanted, line.gated | self.line_bit if closed else line.gated & ~self.line_bit)
+        pthread_mutex_unlock(&line.lock)
 
     @property
     def value(self) -> int:

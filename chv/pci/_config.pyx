@@ -9,10 +9,13 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from .._bus cimport BUS_DEFERRED, BUS_OK, CDevice
+from .._irq cimport IrqStatus
 
 cdef enum:
     SPACE_SIZE = 4096
     SLOTS = 32
+    STATUS = 6                 # the low byte of the status register
+    STATUS_INTERRUPT = 1 << 3
 
 cdef uint32_t ENABLE = <uint32_t>1 << 31
 cdef uint32_t ADDRESS_BITS = <uint32_t>0x80FFFFFC
@@ -22,6 +25,7 @@ cdef struct config_space:
     uint8_t mask[SPACE_SIZE]   # the bits that a guest can write
     uint16_t hook_first        # reads in [first, end) are left to Python
     uint16_t hook_end
+    const uint8_t *isr         # not 0: the function has an interrupt for its pin; NULL: it has no pin
 
 cdef struct config_root:
     uint32_t address           # what was written to 0xcf8
@@ -39,8 +43,14 @@ cdef int space_read(config_space *space, uint32_t reg, uint32_t size, uint8_t *d
         return BUS_OK
     if reg < space.hook_end and reg + size > space.hook_first:
         return BUS_DEFERRED
-    memcpy(data, &space.data[reg], size)
+    space_copy(space, reg, size, data)
     return BUS_OK
+
+
+cdef void space_copy(config_space *space, uint32_t reg, uint32_t size, uint8_t *data) noexcept nogil:
+    memcpy(data, &space.data[reg], size)
+    if reg <= STATUS and STATUS < reg + size and space.isr is not NULL and space.isr[0]:
+        data[STATUS - reg] |= STATUS_INTERRUPT
 
 
 cdef bint port_target(config_root *root, uint64_t offset, uint32_t size, uint32_t *slot, uint32_t *reg) noexcept nogil:
@@ -107,11 +117,19 @@ cdef int ecam_write(void *ctx, uint64_t offset, uint32_t size, const uint8_t *da
 cdef class ConfigSpace:
     """The 4096 bytes of one function, and which of their bits a guest can write."""
     cdef config_space space
+    cdef IrqStatus interrupt   # owns what space.isr points to
 
     def get(self, offset: int, size: int) -> int:
         """The value of ``size`` bytes at ``offset``."""
+        cdef uint8_t data[8]
         _check(offset, size)
-        return int.from_bytes((<char *>&self.space.data[<int>offset])[:size], "little")
+        space_copy(&self.space, offset, size, data)
+        return int.from_bytes((<char *>data)[:size], "little")
+
+    def show_interrupt(self, interrupt: IrqStatus) -> None:
+        """Bit 3 of the status register is set while ``interrupt`` is not 0 (PCI Local Bus 3.0, 6.2.3)."""
+        self.interrupt = interrupt
+        self.space.isr = &self.interrupt.isr
 
     def set(self, offset: int, size: int, value: int, writable: int = 0) -> None:
         """Give a reg its value and say which of its bits a guest can write."""
@@ -147,8 +165,8 @@ cdef class ConfigSpace:
 
 
 cdef int _check(offset, size) except -1:
-    if offset < 0 or size < 1 or offset + size > SPACE_SIZE:
-        raise ValueError(f"configuration space: {size} bytes at {offset:#x} do not lie in {SPACE_SIZE} bytes")
+    if offset < 0 or not 1 <= size <= 8 or offset + size > SPACE_SIZE:
+        raise ValueError(f"configuration space: no register of 1 to 8 bytes: {size} bytes at {offset:#x}")
     return 0
 
 

@@ -75,6 +75,7 @@ class VirtioPci(PciFunction):
         self._vm = vm
         self._mmio = mmio
         self._isr = IrqStatus(line, slot)
+        self.config.show_interrupt(self._isr)
         self._config_irq = IrqSource(self._isr, 2)
         self._queue_irqs = [IrqSource(self._isr, 1) for _ in device.queue_sizes]
         self.queues = [
@@ -117,7 +118,7 @@ class VirtioPci(PciFunction):
                 self._msix.set_control(self.config.get(self._msix_control, 2))
             self._connect()
         if offset < COMMAND + 2 and offset + size > COMMAND:
-            self._connect()
+            self._isr.gate(bool(self.command & COMMAND_INTX_OFF))
 
     def hook_read(self, offset: int, size: int) -> int:
         """The configuration access window: reading its data reads the BAR (4.1.4.9)."""
@@ -225,8 +226,6 @@ class VirtioPci(PciFunction):
                 source.use_nothing()
             else:
                 source.use_message(self._msix.fd(vector))
-        elif self.command & COMMAND_INTX_OFF:
-            source.use_nothing()
         else:
             source.use_pin()
 
@@ -254,6 +253,7 @@ class VirtioPci(PciFunction):
         for bit in (1, 2):
             if state["isr"] & bit:
                 IrqSource(self._isr, bit).pulse()
+        self._isr.gate(bool(self.command & COMMAND_INTX_OFF))
         self._connect()
 
     def close(self) -> None:

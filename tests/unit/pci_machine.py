@@ -87,12 +87,13 @@ class Echo(VirtioDevice):
 class PciMachine:
     """One bus, and the configuration accesses of a guest by ports."""
 
+    # Address and data are two accesses: vCPUs that share the ports take turns, as Linux's do.
+    _ports = threading.Lock()
+
     def __init__(self, *devices: VirtioDevice) -> None:
         self.memory = GuestMemory(MEMORY)
         self.vm = FakeVm()
         self.resets = 0
-        # Address and data are two accesses: vCPUs that share the ports take turns, as Linux's do.
-        self._ports = threading.Lock()
         slots = SlotNames()
         self.pio, self.mmio = Bus("pio", 0x10000, slots), Bus("mmio", 0, slots)
         self.bus = PciBus(layout.pci_windows(MEMORY, PHYS_BITS), self._reset)

@@ -105,3 +105,22 @@ def test_vectors_get_messages_above_the_pins_and_keep_what_is_raised_while_maske
         first.close()
         second.close()
     assert first.fd == -1
+
+
+def test_a_gated_pin_stays_low_and_is_raised_when_the_gate_opens() -> None:
+    line = IrqLine(-1, 16)
+    one, other = IrqStatus(line, 1), IrqStatus(line, 2)
+    one.gate(True)
+    IrqSource(one).pulse()
+    assert (one.value, line.asserted) == (1, 0)
+    IrqSource(other).pulse()
+    assert line.asserted == 1 << 2, "only its own pin is gated"
+    one.gate(False)
+    assert line.asserted == 1 << 1 | 1 << 2
+    one.gate(True)
+    other.take()
+    assert line.asserted == 0
+    assert one.take() == 1
+    one.gate(False)
+    assert line.asserted == 0, "nothing waits any more"
+    IrqStatus(None).gate(True)

@@ -274,6 +274,30 @@ def test_without_msix_the_status_register_and_the_pin_tell(start: Callable[..., 
     assert driver.read(0x15, 1) == 1, "the generation"
 
 
+def test_interrupt_disable_keeps_the_pin_low_and_the_status_registers_tell(
+    start: Callable[..., Driver],
+) -> None:
+    """PCI Local Bus 3.0, 6.2.2 and 6.2.3: a driver may poll; what waits is raised when it allows interrupts."""
+    driver = start()
+    line = driver.transport._isr.line
+    assert line is not None
+    command = driver.machine.read(1, 4, 2)
+    driver.machine.write(1, 4, command | 0x400, 2)
+    driver.negotiate()
+    driver.go()
+    assert driver.machine.read(1, 6, 2) & 8 == 0
+    driver.transport.device.config_changed()
+    assert line.asserted == 0
+    assert driver.machine.read(1, 6, 2) & 8
+    assert driver.machine.read(1, 4) >> 16 & 8
+    driver.machine.write(1, 4, command, 2)
+    assert line.asserted
+    assert driver.read(ISR, 1) == 2
+    assert line.asserted == 0
+    assert driver.machine.read(1, 7, 1) == 0
+    assert driver.machine.read(1, 6, 2) & 8 == 0
+
+
 def test_with_msix_each_queue_has_its_vector(start: Callable[..., Driver]) -> None:
     driver = start()
     msix = driver.transport._msix
