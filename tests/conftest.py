@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from importlib.metadata import entry_points
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ pytest_plugins = [] if entry_points(group="pytest11", name="chv") else ["chv.tes
 
 def pytest_configure(config: pytest.Config) -> None:
     """nohup and a shell's ``&`` leave signals ignored, and what tests start would inherit that."""
-    actions = {
+    actions: dict[signal.Signals, Any] = {
         signal.SIGHUP: signal.SIG_DFL,
         signal.SIGQUIT: signal.SIG_DFL,
         signal.SIGINT: signal.default_int_handler,

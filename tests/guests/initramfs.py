@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.guests.cache import cache, digest, write_whole
 from tests.guests.cpio import Archive
@@ -104,8 +105,19 @@ def add_program(archive: Archive, name: str) -> None:
         archive.file(home, Path(library).read_bytes(), 0o755)
 
 
-def add_modules(archive: Archive, kernel: Kernel, names: Sequence[str]) -> None:
-    """Modules under numbered names: /init loads them in that order."""
+def add_modules(
+    archive: Archive,
+    kernel: Kernel,
+    names: Sequence[str],
+    change: Mapping[str, Callable[[bytes], bytes]] = MappingProxyType({}),
+) -> None:
+    """Modules under numbered names: /init loads them in that order.
+
+    ``change`` has functions that make another module of the file of this name.
+    """
     archive.folder("lib/modules")
     for number, module in enumerate(load_order(kernel, names)):
-        archive.file(f"lib/modules/{number:02}-{module.name}", module.read_bytes())
+        data = module.read_bytes()
+        if module.name in change:
+            data = change[module.name](data)
+        archive.file(f"lib/modules/{number:02}-{module.name}", data)
