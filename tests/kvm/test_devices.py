@@ -8,8 +8,10 @@ import threading
 from pathlib import Path
 
 import pytest
+from pyroute2 import IPRoute
 
 from chv import ConfigError
+from tests.netns import in_namespace
 
 from .kernels import FOREVER, POWER_OFF, tiny_vm
 
@@ -51,6 +53,45 @@ def test_fifty_boots_with_devices_leave_nothing(disk: Path) -> None:
     for _ in range(50):
         once()
     gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before[:2]
+    assert mappings() <= before[2] + 8
+
+
+@in_namespace
+def test_fifty_boots_with_every_device_leave_no_tap() -> None:
+    """Disk, two network devices, entropy and both consoles."""
+
+    def taps() -> list[str]:
+        with IPRoute() as route:
+            return sorted(link.get("ifname") for link in route.get_links())
+
+    def once() -> None:
+        disk = os.memfd_create("disk")
+        os.truncate(disk, 1 << 20)
+        try:
+            with tiny_vm(
+                POWER_OFF + FOREVER,
+                disks=f"path=/proc/self/fd/{disk}",
+                net=["tap=,ip=192.0.2.1,mask=255.255.255.0", "tap=named,num_queues=4"],
+                rng="src=/dev/urandom",
+                console="null",
+                serial="null",
+                cpus="boot=2",
+            ) as vm:
+                vm.boot()
+                assert len(taps()) == len(before_taps) + 2
+                assert vm.wait(10)
+        finally:
+            os.close(disk)
+
+    before_taps = taps()
+    once()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd")), threading.active_count(), mappings()
+    for _ in range(50):
+        once()
+    gc.collect()
+    assert taps() == before_taps
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before[:2]
     assert mappings() <= before[2] + 8
 

@@ -277,7 +277,7 @@ def test_without_msix_the_status_register_and_the_pin_tell(start: Callable[..., 
 def test_interrupt_disable_keeps_the_pin_low_and_the_status_registers_tell(
     start: Callable[..., Driver],
 ) -> None:
-    """PCI Local Bus 3.0, 6.2.2 and 6.2.3: a driver may poll; what waits is raised when it allows interrupts."""
+    """PCI Local Bus 3.0, 6.2.2 and 6.2.3: a driver may poll, and what waits is raised later."""
     driver = start()
     line = driver.transport._isr.line
     assert line is not None
