@@ -15,11 +15,13 @@ export PYTHONDONTWRITEBYTECODE=
 
 SHELL := /bin/bash
 
-.PHONY: help setup build images image firmware demo demo-image test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-firmware test-pythons clean distclean
+.PHONY: help setup build images image firmware demo demo-hotplug demo-image demo-firmware test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-firmware test-pythons clean distclean
 
 help:
-	@echo 'make demo          boot Debian with 4 vCPUs, add 4, bring them online, reboot: the whole story'
+	@echo 'make demo          the whole story, in two parts: demo-hotplug, then demo-image and demo-firmware'
+	@echo 'make demo-hotplug  boot Debian with 4 vCPUs, add 4, bring them online, reboot: 2 minutes'
 	@echo 'make demo-image    boot a disk image without firmware, over the network: add 4 vCPUs, reboot'
+	@echo 'make demo-firmware the same with EDK2'
 	@echo 'make test          everything below, with one summary at the end'
 	@echo 'make setup         Debian packages, virtual environment, guest kernels (the others do this first)'
 	@echo 'make build         compile what changed in chv'
@@ -54,16 +56,26 @@ firmware: setup
 	@nice tools/cloudhv.sh >/dev/null
 
 demo: build
+	@MAKE='$(MAKE)' tools/demo.sh
+
+demo-hotplug: build
 	@$(PYTHON) -m compileall -q chv examples tests
 	@$(LINUX) $(PYTHON) -u -m examples.hotplug_demo \
 	    --kernel .cache/guests/6.12/bzImage --initramfs .cache/guests/6.12/initramfs
 
-# The copy is written to, and lies in memory: in the testbed nothing else can be written.
 demo-image: build image
-	@$(PYTHON) -m compileall -q chv examples tests
-	@$(LINUX) sh -c 'cp --sparse=always .cache/images/clear.img /dev/shm/chv-demo.img && chmod 600 /dev/shm/chv-demo.img && \
-	    $(PYTHON) -u -m examples.image_demo --disk /dev/shm/chv-demo.img --key .cache/images/id_ed25519 \
-	    --address 192.168.249.2 --gateway 192.168.249.1; status=$$?; rm -f /dev/shm/chv-demo.img; exit $$status'
+	@set -o pipefail; $(call image_demo,image,) | sed -u 's/^/[no firmware] /'
+
+demo-firmware: build images
+	@set -o pipefail; $(call image_demo,firmware,--firmware .cache/firmware/CLOUDHV.fd) | sed -u 's/^/[EDK2] /'
+
+# The copy is written to, and lies in memory: in the testbed nothing else can be written.
+define image_demo
+$(PYTHON) -m compileall -q chv examples tests && \
+$(LINUX) sh -c 'cp --sparse=always .cache/images/clear.img /dev/shm/chv-demo-$(1).img && chmod 600 /dev/shm/chv-demo-$(1).img && \
+    $(PYTHON) -u -m examples.image_demo --disk /dev/shm/chv-demo-$(1).img --key .cache/images/id_ed25519 $(2) \
+    --address 192.168.249.2 --gateway 192.168.249.1; status=$$?; rm -f /dev/shm/chv-demo-$(1).img; exit $$status'
+endef
 
 test: setup
 	@$(PYTHON) -m tests.report images lint test-unit test-kvm test-linux test-firmware test-pythons

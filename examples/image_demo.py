@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--address", required=True)
     parser.add_argument("--gateway", required=True)
     parser.add_argument("--firmware", help="boot with this, for example EDK2's CLOUDHV.fd")
-    parser.add_argument("--boot-timeout", type=float, default=300.0, help="seconds that a boot may take")
+    parser.add_argument("--boot-timeout", type=float, default=600.0, help="seconds that a boot may take")
     return tell(story, ImageDemo(parser.parse_args()))
 
 
