@@ -6,6 +6,7 @@ from io import BytesIO
 
 import pytest
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 
 from tests.guests import kernel
 from tests.guests.modules import load_order
@@ -31,7 +32,9 @@ def test_one_byte_of_the_function_changes_and_the_signature_is_gone(module: byte
     assert len(different) == 1
     assert changed[different[0]] == 0xC3
     elf = ELFFile(BytesIO(module))
-    [symbol] = elf.get_section_by_name(".symtab").get_symbol_by_name(FUNCTION)
+    symbols = elf.get_section_by_name(".symtab")
+    assert isinstance(symbols, SymbolTableSection)
+    [symbol] = symbols.get_symbol_by_name(FUNCTION) or []
     start = elf.get_section(symbol["st_shndx"])["sh_offset"] + symbol["st_value"]
     endbr = 4 if module[start : start + 4] == ENDBR64 else 0
     assert different[0] == start + endbr + 5, "behind what ftrace changes"
