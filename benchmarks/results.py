@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import commit, machine
-from .statistics import median, spread, summary
+from .statistics import curve, median, spread, summary
 
 VERSION = 1
 
@@ -38,8 +38,11 @@ class Contestant:
             return {"absent": self.absent}
         found: dict[str, Any] = {}
         if self.rounds:
-            found.update(summary([sample for samples in self.rounds for sample in samples]))
+            everything = [sample for samples in self.rounds for sample in samples]
+            found.update(summary(everything))
+            found["curve_ns"] = curve(everything)
             found["rounds"] = len(self.rounds)
+            found["p50_spread_ns"] = spread([median(samples) for samples in self.rounds])
         if self.values:
             found["values"] = self.values
         return {**found, **self.extra}

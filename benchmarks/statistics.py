@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TypedDict
 
+CURVE = (*(part / 20 for part in range(1, 20)), 0.98, 0.99, 0.995, 0.999, 1.0)
+"""The parts at which a distribution is kept for a picture of it."""
+
 
 class Summary(TypedDict):
     """Quantiles of a set of samples, in nanoseconds, and how many there were."""
@@ -49,6 +52,12 @@ def summary(samples_ns: Sequence[float]) -> Summary:
         "max_ns": ordered[-1],
         "n": len(ordered),
     }
+
+
+def curve(samples_ns: Sequence[float]) -> list[float]:
+    """The quantiles at :data:`CURVE`."""
+    ordered = sorted(samples_ns)
+    return [quantile(ordered, part) for part in CURVE]
 
 
 def spread(values: Sequence[float]) -> float:
