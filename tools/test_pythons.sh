@@ -51,17 +51,19 @@ done
 [ ${#pythons[@]} -gt 0 ] || pythons=("$(tools/pythons.sh | head -n 1)")
 
 # Two at a time: compiling is most of it.
-running=()
+versions=()
 for python in "${pythons[@]}"; do
     version=$(version_of "$python")
     echo "pythons: $version ($python)"
-    with_python "$python" "$version" >"$WORK/output-$version" 2>&1 &
-    running+=("$!:$version")
-    if [ $(( ${#running[@]} % 2 )) = 0 ]; then wait; fi
+    { with_python "$python" "$version" >"$WORK/output-$version" 2>&1; echo $? >"$WORK/status-$version"; } &
+    versions+=("$version")
+    if [ $(( ${#versions[@]} % 2 )) = 0 ]; then wait; fi
 done
-for entry in "${running[@]}"; do
-    wait "${entry%%:*}" || failed=1
-    echo "===== Python ${entry#*:} ====="
-    cat "$WORK/output-${entry#*:}"
+wait
+for version in "${versions[@]}"; do
+    echo "===== Python $version ====="
+    cat "$WORK/output-$version"
+    # From a file: bash forgets the status of a process that an earlier wait has met, if others came after it.
+    [ "$(cat "$WORK/status-$version")" = 0 ] || failed=1
 done
 exit $failed
