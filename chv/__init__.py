@@ -13,11 +13,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from .version import __version__
 
+TYPE_CHECKING = False  # as typing has it; importing that takes longer than all of this package's front
 if TYPE_CHECKING:
+    from typing import Any
+
     from .config import VmConfig, VmState, make_config
     from .errors import (
         BusError,

@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any, Final
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from . import layout
 from .acpi.aml import (
@@ -100,8 +102,7 @@ def _check_maximum(maximum: int) -> None:
         raise ConfigError(f"cpus.max_vcpus: {maximum} is not in 1..{MAXIMUM}")
 
 
-@dataclass(slots=True)
-class CpuSlot:
+class CpuSlot(Struct):
     """What is known of one possible vCPU."""
 
     index: int

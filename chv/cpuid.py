@@ -7,8 +7,9 @@ appendix E; the kernel's Documentation/virt/kvm/x86/cpuid.rst.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from .errors import ConfigError
 
@@ -26,8 +27,7 @@ _AMD_CMP_LEGACY = 1 << 1
 _AMD_TOPOLOGY_EXTENSIONS = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class Topology:
+class Topology(Struct, frozen=True):
     """How vCPU numbers divide into threads, cores, dies and packages.
 
     Cloud Hypervisor's ``topology=threads:cores:dies:packages``. An APIC id is a vCPU number, and CPUID

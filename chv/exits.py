@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ._bus import FIRST_DEVICE_SLOT, bucket_bounds
 from ._kvmrun import REASONS, nanoseconds_per_tick
@@ -12,8 +13,7 @@ from ._kvmrun import REASONS, nanoseconds_per_tick
 Statistics = dict[int, tuple[int, int, int, int, dict[int, int]]]
 
 
-@dataclass(frozen=True, slots=True)
-class ExitStats:
+class ExitStats(Struct, frozen=True):
     """Exits of one kind or to one device.
 
     Times are nanoseconds from KVM_RUN's return to the next one, the handler included; they come from
@@ -48,8 +48,7 @@ class ExitStats:
         return 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Exits:
+class Exits(Struct, frozen=True):
     """``reasons`` by KVM exit reason ("io", "mmio", ..., "unclaimed-pio"), ``devices`` by device name."""
 
     reasons: dict[str, ExitStats] = field(default_factory=dict)

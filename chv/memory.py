@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from . import layout
 from ._bus import buffer_address
@@ -14,8 +15,7 @@ from .errors import ConfigError, GuestMemoryError
 MAP_NORESERVE = 0x4000  # linux/mman.h; in the mmap module from Python 3.13 on
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Struct, frozen=True):
     """One flat run of guest RAM: ``[base, base + size)``, kept at ``address`` in this process."""
 
     base: int

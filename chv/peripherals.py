@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from .config.devices import SLOTS, Place, places
 from .errors import ConfigError
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from .virtio.device import VirtioDevice
 
 
-@dataclass(frozen=True, slots=True)
-class Peripheral:
+class Peripheral(Struct, frozen=True):
     """A device that is open, and its slot."""
 
     device: VirtioDevice

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from . import layout
 from ._bus import Bus, SlotNames
@@ -35,8 +36,7 @@ _KERNEL_PORTS: Final = ((0x20, 2), (0xA0, 2), (0x4D0, 2))
 _KERNEL_ADDRESSES: Final = ((layout.IOAPIC, layout.PAGE_SIZE), (layout.LOCAL_APIC, layout.PAGE_SIZE))
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(Struct, frozen=True):
     """A device of the user's on one of the buses."""
 
     space: str  # "pio" or "mmio"

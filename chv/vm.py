@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from msgspec import Struct
 
 from . import exits, layout, ranges, vcpu
 from ._bus import SlotNames
@@ -23,6 +23,7 @@ from .devices.backend import Backend, Fds, open_backend
 from .devices.serial import SerialPort
 from .errors import ConfigError, NotSupportedYet, ResizeError, ResizePending, StateError
 from .interrupts import Irq
+from .logs import Logger
 from .machine import Machine
 from .memory import GuestMemory
 from .peripherals import Peripheral, open_all, plug
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from .cpu_hotplug import CpuSlot
     from .virtio.device import VirtioDevice
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # Cloud Hypervisor's state machine (its vmm/src/vm.rs).
 _TRANSITIONS = {
@@ -54,8 +55,7 @@ class _HasFileno(Protocol):
     def fileno(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class VcpuState:
+class VcpuState(Struct, frozen=True):
     """What is known of one possible vCPU.
 
     ``present``: plugged. ``acknowledged``: the guest has taken notice of it. ``online``: the guest

@@ -7,7 +7,6 @@ as in Cloud Hypervisor. Every method may be called from any thread. What fails r
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -17,9 +16,10 @@ from typing import Any, Protocol
 
 from .config import VmConfig, VmState, check_memory_size, validate
 from .errors import ConfigError, Error, NotCreated, NotSupportedYet, ResizeError, StateError
+from .logs import Logger
 from .version import __version__
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 CREATED_FIRST = "VM config is missing: create the VM first"
 NOT_RUNNING = "VM is not running"

@@ -20,10 +20,11 @@ from __future__ import annotations
 import enum
 import re
 import struct
-import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeAlias
+
+from msgspec import Struct
 
 from ..errors import Error
 
@@ -69,6 +70,7 @@ def String(text: str) -> bytes:
     return b"\x0d" + text.encode("ascii") + b"\0"
 
 
+@lru_cache(maxsize=1024)
 def NameString(path: str) -> bytes:
     r"""A name: an optional ``\`` or any number of ``^``, then segments of 1 to 4 characters joined by dots.
 
@@ -141,6 +143,7 @@ def _package(opcode: bytes, body: bytes) -> bytes:
 # -- data objects (20.2.3, 20.2.5.4) ---------------------------------------------
 
 
+@lru_cache(maxsize=64)
 def EISAID(identifier: str) -> bytes:
     """An EISA id such as ``"PNP0501"``: three capital letters and four hexadecimal digits (19.3.4)."""
     if not re.fullmatch(r"[A-Z]{3}[0-9A-Fa-f]{4}", identifier):
@@ -158,6 +161,8 @@ def Buffer(data: bytes, size: Term | None = None) -> bytes:
 def ToUUID(text: str) -> bytes:
     """The buffer of a UUID in its mixed byte order (19.6.142)."""
     try:
+        import uuid
+
         return Buffer(uuid.UUID(text).bytes_le)
     except ValueError as error:
         raise AmlError(f"UUID {text!r}: {error}") from error
@@ -211,23 +216,20 @@ class Update(enum.IntEnum):
     WRITE_AS_ZEROS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Bits:
+class Bits(Struct, frozen=True):
     """``NAME, width``: a named unit of a Field, its width in bits."""
 
     name: str
     width: int
 
 
-@dataclass(frozen=True, slots=True)
-class Skip:
+class Skip(Struct, frozen=True):
     """``, width``: unnamed bits of a Field."""
 
     width: int
 
 
-@dataclass(frozen=True, slots=True)
-class Offset:
+class Offset(Struct, frozen=True):
     """``Offset (byte)``: the next unit of the Field starts at this byte of the region."""
 
     byte: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, Protocol
+
+from msgspec import Struct
 
 from .. import layout
 from ..errors import ConfigError
@@ -28,8 +29,7 @@ class Memory(Protocol):
     def write(self, address: int, data: bytes) -> object: ...
 
 
-@dataclass(frozen=True, slots=True)
-class AcpiTables:
+class AcpiTables(Struct, frozen=True):
     """Tables by signature (the FADT's is FACP, the MADT's APIC), and where each belongs in guest memory."""
 
     tables: dict[str, bytes]

@@ -6,7 +6,8 @@ Source: Linux, Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from .. import layout
 from ..errors import ImageError
@@ -25,8 +26,7 @@ _UNPACKED_MAX = 1 * layout.GiB  # KERNEL_IMAGE_SIZE, the most that a kernel's ma
 _TRAILER = 4  # the unpacked size
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(Struct, frozen=True):
     """The setup header's fields that matter here; addresses are guest-physical, sizes in bytes."""
 
     raw: bytes  # from offset 0x1f1 on
@@ -95,8 +95,7 @@ def _check_payload(source: Source, header: Header) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Compressed:
+class Compressed(Struct, frozen=True):
     """The compressed kernel of a bzImage, without the size that follows it."""
 
     data: memoryview

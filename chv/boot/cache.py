@@ -7,19 +7,17 @@ is used only from a folder that nobody else can write to. Deleting any file of i
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from ..errors import ConfigError, ImageError
+from ..logs import Logger
 from . import elf
 from .bzimage import Compressed
 from .source import Buffer, FileSource
 
-_LOG = logging.getLogger(__name__)
+_LOG = Logger(__name__)
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -72,6 +70,8 @@ class Cache:
 
     def add(self, compressed: Compressed, data: Buffer) -> None:
         """Keep ``data``. A full disk or the like is logged: the kernel boots without the cache."""
+        import tempfile
+
         path = self._path(compressed)
         try:
             with tempfile.NamedTemporaryFile(dir=self.directory, prefix=".new-", delete=False) as file:
@@ -86,6 +86,8 @@ class Cache:
             _LOG.warning("kernel cache: %s was not written: %s", path, error)
 
     def _path(self, compressed: Compressed) -> Path:
+        import hashlib
+
         digest = hashlib.sha256(compressed.data).hexdigest()
         return self.directory / f"{digest}-{compressed.size}.elf"
 

@@ -3,20 +3,16 @@
 Sources: Linux, scripts/Makefile.lib (each compressed payload ends in the unpacked size, 4 bytes
 little-endian, which is gzip's own trailer and is appended for the others) and boot.rst,
 ``payload_offset`` (magic numbers); lz4's doc/lz4_Frame_format.md, "Legacy frame".
+
+Each library is imported when there is something for it to unpack: an ELF kernel needs none.
 """
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import lzma
 import mmap
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
-
-import lz4.block
-import zstandard
 
 from .. import layout
 from . import lzop
@@ -26,6 +22,7 @@ _XZ_MEMORY_MAX = 512 * layout.MiB
 _ZSTD_WINDOW_MAX = 128 * layout.MiB  # what zstd --ultra -22 uses, and all that a kernel can unpack itself
 _LZ4_MAGIC = b"\x02\x21\x4c\x18"
 _LZ4_BLOCK = 8 * layout.MiB
+_ANY_FORMAT = (OSError, EOFError, ValueError)
 
 
 class UnpackError(Exception):
@@ -59,13 +56,32 @@ def unpack(data: memoryview, name: str, size: int) -> Buffer:
     """
     try:
         unpacked = _FORMATS[name](data, size)
-    except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as error:
-        raise UnpackError(f"its {name} data are damaged ({error})") from error
-    except (zstandard.ZstdError, lz4.block.LZ4BlockError) as error:
+    except _errors_of(name) as error:
         raise UnpackError(f"its {name} data are damaged ({error})") from error
     if len(unpacked) != size:
         raise UnpackError(f"its {name} data unpack to {len(unpacked)} bytes; {size} are expected")
     return unpacked
+
+
+def _errors_of(name: str) -> tuple[type[Exception], ...]:
+    """What the library for format ``name`` raises for damaged data."""
+    if name == "gzip":
+        import zlib
+
+        return (*_ANY_FORMAT, zlib.error)
+    if name in ("xz", "lzma"):
+        import lzma
+
+        return (*_ANY_FORMAT, lzma.LZMAError)
+    if name == "zstd":
+        import zstandard
+
+        return (*_ANY_FORMAT, zstandard.ZstdError)
+    if name == "lz4":
+        import lz4.block
+
+        return (*_ANY_FORMAT, lz4.block.LZ4BlockError)
+    return _ANY_FORMAT
 
 
 def _too_long(size: int) -> UnpackError:
@@ -73,6 +89,8 @@ def _too_long(size: int) -> UnpackError:
 
 
 def _gzip(data: memoryview, size: int) -> Buffer:
+    import zlib
+
     stream = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     unpacked = stream.decompress(data, size)
     while not stream.eof:
@@ -95,18 +113,26 @@ def _drain(stream: _Stream, data: memoryview, size: int) -> Buffer:
 
 
 def _xz(data: memoryview, size: int) -> Buffer:
+    import lzma
+
     return _drain(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_MAX), data, size)
 
 
 def _lzma(data: memoryview, size: int) -> Buffer:
+    import lzma
+
     return _drain(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_XZ_MEMORY_MAX), data, size)
 
 
 def _bzip2(data: memoryview, size: int) -> Buffer:
+    import bz2
+
     return _drain(bz2.BZ2Decompressor(), data, size)
 
 
 def _zstd(data: memoryview, size: int) -> Buffer:
+    import zstandard
+
     unpacked = _room(size)
     done = 0
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_MAX)
@@ -119,6 +145,8 @@ def _zstd(data: memoryview, size: int) -> Buffer:
 
 
 def _lz4(data: memoryview, size: int) -> Buffer:
+    import lz4.block
+
     unpacked = _room(size)
     done = 0
     for block in _lz4_blocks(data):

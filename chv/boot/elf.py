@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
+
+from msgspec import Struct
 
 from .. import layout
 from ..errors import ImageError
@@ -36,8 +37,7 @@ _ADDRESS_END = 1 << 64
 _LINUX64_ENTRY_END = 1 * layout.GiB  # the page tables of the 64-bit entry map that much
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """``file_size`` bytes at ``offset`` go to guest address ``address``; zeros follow up to ``size``."""
 
     index: int
@@ -51,8 +51,7 @@ class Segment:
         return self.address + self.size
 
 
-@dataclass(frozen=True, slots=True)
-class Elf:
+class Elf(Struct, frozen=True):
     """What is needed to load an ELF file. ``pvh_entry`` is None without a PVH note."""
 
     segments: tuple[Segment, ...]  # by address, not overlapping
@@ -63,8 +62,7 @@ class Elf:
     is_linux: bool  # says so in a note
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
+class _Shape(Struct, frozen=True):
     """Where things are in the headers of one ELF class."""
 
     bits: int

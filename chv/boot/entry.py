@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 Protocol = Literal["pvh", "linux32", "linux64"]
 
 
-@dataclass(frozen=True)
-class EntryPoint:
+class EntryPoint(Struct, frozen=True):
     """The boot protocol, the first instruction's address, and the general registers that are not zero.
 
     ``pvh``: 32-bit protected mode, paging off, ``rbx`` = start info (Xen's x86/HVM direct boot ABI).

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
 
 from .. import layout
 from ..errors import ImageError
 from ..memory import GuestMemory
-from . import bzimage, cache, decompress, elf, identify, linux, pvh, room
+from . import bzimage, decompress, elf, identify, linux, pvh, room
 from .entry import EntryPoint
 from .source import BytesSource, FileSource, Source
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from .cache import Cache
 
 _ZEROS = bytes(layout.MiB)
 
 
-@dataclass(frozen=True, slots=True)
-class Handover:
+class Handover(Struct, frozen=True):
     """What a kernel is told besides its command line. ``initramfs`` is (address, size)."""
 
     memory_map: list[room.Entry]
@@ -46,8 +50,7 @@ class Kernel(Protocol):
         """Write what it is told into ``memory``; where it is entered."""
 
 
-@dataclass(frozen=True, slots=True)
-class ElfKernel:
+class ElfKernel(Struct, frozen=True):
     """An ELF file, entered by PVH or, without a PVH note, the 64-bit way."""
 
     source: Source
@@ -77,8 +80,7 @@ class ElfKernel:
         return EntryPoint("linux64", self.image.entry, {"rsi": zero_page, "rsp": stack, "rbp": stack})
 
 
-@dataclass(frozen=True, slots=True)
-class BzImageKernel:
+class BzImageKernel(Struct, frozen=True):
     """A bzImage whose 32-bit code unpacks the kernel in the guest."""
 
     source: Source
@@ -131,7 +133,7 @@ def open_kernel(
 
 def _unpacked(file: FileSource, compressed: bzimage.Compressed, cache_dir: Path | None) -> Kernel | None:
     """The ELF kernel in a bzImage; None if it must unpack itself: no PVH entry, or no library here."""
-    store = cache.Cache(cache_dir) if cache_dir is not None else None
+    store = _cache(cache_dir)
     if store is not None and (cached := store.open(compressed, file.name)) is not None:
         image = elf.parse(cached)
         return ElfKernel(cached, image)
@@ -148,6 +150,14 @@ def _unpacked(file: FileSource, compressed: bzimage.Compressed, cache_dir: Path 
     if store is not None:
         store.add(compressed, data)
     return ElfKernel(source, image)
+
+
+def _cache(directory: Path | None) -> Cache | None:
+    if directory is None:
+        return None
+    from .cache import Cache
+
+    return Cache(directory)
 
 
 def _clear(memory: GuestMemory, start: int, end: int) -> None:

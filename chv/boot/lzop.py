@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _MAGIC_SIZE = 9
 _VERSION_WITH_LEVEL = 0x0940
@@ -16,8 +17,7 @@ _FLAG_CRC32_PLAIN, _FLAG_CRC32_PACKED = 0x100, 0x200
 _FLAG_FILTER = 0x800
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(Struct, frozen=True):
     """``data`` unpack to ``size`` bytes; they are stored as they are when the two sizes agree."""
 
     data: memoryview

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from .. import layout
 from ..errors import ConfigError, ImageError
@@ -14,6 +14,9 @@ from . import room
 from .entry import EntryPoint
 from .kernel import Handover, Kernel, open_kernel
 from .source import FileSource, StrPath
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Payload:
@@ -105,9 +108,7 @@ def prepare(
     with ExitStack() as opened:  # what is open when something fails
         file = FileSource(role, main, kernel_name)
         opened.callback(file.close)
-        loadable, cmdline_max = open_kernel(
-            file, memory_size, Path(cache_dir) if cache_dir is not None else None
-        )
+        loadable, cmdline_max = open_kernel(file, memory_size, _folder(cache_dir))
         opened.callback(loadable.source.close)
         _require_length(text, cmdline_max)
         extra = None if initramfs is None else FileSource("initramfs", initramfs, initramfs_name)
@@ -115,6 +116,14 @@ def prepare(
     if loadable.source is not file:
         file.close()
     return Payload(loadable, extra, text)
+
+
+def _folder(path: StrPath | None) -> Path | None:
+    if path is None:
+        return None
+    from pathlib import Path
+
+    return Path(path)
 
 
 def prepare_image(

@@ -6,7 +6,6 @@ fields are :func:`chv.config.validate.validate`'s.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, TypeVar
 
@@ -165,6 +164,8 @@ def _join(path: str, field: str) -> str:
 
 
 def _show(value: Any) -> str:
+    import json
+
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 

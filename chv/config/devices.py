@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from ..errors import ConfigError, NotSupportedYet
 from .schema import ConsoleMode, VmConfig
@@ -12,8 +13,7 @@ from .schema import ConsoleMode, VmConfig
 SLOTS: Final = range(1, 32)  # 0 is the host bridge
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """A device of the configuration: where it is described, what it is called, which slot it has."""
 
     kind: str  # "console", "disk", "net" or "rng"

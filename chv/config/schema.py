@@ -2,9 +2,10 @@
 
 Names, types and defaults are those of its REST API (OpenAPI file of August 2026), so a body
 written for it decodes here. Sizes are bytes. Unknown fields are refused. ``payload.boot_entry`` is ours.
-"""
 
-from __future__ import annotations
+The annotations are objects, not text: msgspec would otherwise compile each of them again, which takes longer
+than importing it.
+"""
 
 from enum import StrEnum
 from typing import Annotated

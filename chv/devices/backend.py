@@ -9,13 +9,15 @@ import contextlib
 import errno
 import fcntl
 import os
-import socket
 import stat
 import threading
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ..errors import ConfigError
 from .terminal import RawTerminal, make_raw, terminal_size
+
+if TYPE_CHECKING:
+    import socket
 
 _TIOCGPTN: Final = 0x80045430  # ioctl_tty(2): the number of the pty that this is the master of
 
@@ -195,6 +197,8 @@ class Socket(Backend):
     """
 
     def __init__(self, path: str, field: str = "serial") -> None:
+        import socket
+
         self._path = path
         _remove_stale(path, field)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -238,6 +242,8 @@ def _remove_stale(path: str, field: str) -> None:
         raise _socket_error(path, error, field) from None
     if not stat.S_ISSOCK(found.st_mode):
         raise ConfigError(f"{field}.socket: {path!r} exists and is not a socket")
+    import socket
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

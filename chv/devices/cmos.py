@@ -11,11 +11,11 @@ neither (its RTC core makes periodic events with a timer of its own).
 
 from __future__ import annotations
 
-import calendar
 import math
 import threading
 import time
 from collections.abc import Callable
+from datetime import date
 from typing import Any, Final, Protocol
 
 from .. import layout
@@ -42,6 +42,7 @@ _SHUTDOWN_RESET: Final = 0x8F  # index of the shutdown status with NMI masked: w
 _SIZE: Final = 128
 _UPDATE_WARNING: Final = 244e-6  # seconds from the update-in-progress flag to the update
 _LONGEST_WAIT: Final = 10.0  # seconds; the host's clock may be set meanwhile
+_EPOCH: Final = date(1970, 1, 1).toordinal()
 _UNIT: Final = 64 * layout.KiB
 
 
@@ -197,7 +198,8 @@ class Cmos:
         month = min(max(self._decode(_MONTH), 1), 12)
         year = min(max(year, 1), 9998)
         hour, minute, second = self._decode_hour(_HOURS), self._decode(_MINUTES), self._decode(_SECONDS)
-        return calendar.timegm((year, month, self._decode(_DAY), hour, minute, second))
+        days = date(year, month, 1).toordinal() - _EPOCH + self._decode(_DAY) - 1
+        return ((days * 24 + hour) * 60 + minute) * 60 + second
 
     def _encode(self, value: int) -> int:
         return value if self._ram[_B] & _B_BINARY else value // 10 << 4 | value % 10

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import socket
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .. import layout
 from ..acpi.aml import EISAID, IO, Device, Interrupt, Name, ResourceTemplate, Scope, String
 from ..threads import leave_signals_to_main
 from ._serial import ENDED, FAILED, WATCHED, Serial
 from .backend import Backend
+
+if TYPE_CHECKING:
+    import socket
 
 _CLOSE_PATIENCE: Final = 1.0  # seconds without any progress after which output is given up
 _JOIN_PATIENCE: Final = 2.0
@@ -128,6 +130,8 @@ def _without_signals(loop: Callable[[], object]) -> None:
 
 def _hang_up(client: socket.socket | None) -> None:
     if client is not None:
+        import socket
+
         with contextlib.suppress(OSError):  # the peer was faster
             client.shutdown(socket.SHUT_RDWR)
         client.close()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 from ._config import ConfigSpace
 
@@ -25,15 +26,13 @@ _BAR_64BIT: Final = 0b100
 _BAR_PREFETCHABLE: Final = 0b1000
 
 
-@dataclass(slots=True)
-class _Bar:
+class _Bar(Struct):
     size: int
     bits: int
     address: int | None = None  # where it decodes
 
 
-@dataclass(frozen=True, slots=True)
-class _Hook:
+class _Hook(Struct, frozen=True):
     first: int
     end: int
 

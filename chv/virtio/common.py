@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from ..logs import Logger
 from .device import F_RING_RESET, F_VERSION_1
 from .queue_registers import NO_VECTOR, QueueRegisters
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .._virtqueue import Queue
     from .device import VirtioDevice
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 SIZE: Final = 0x3C  # of the structure, with queue_reset
 _ADDRESSES, _ADDRESSES_END = 0x20, 0x38

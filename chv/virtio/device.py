@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..logs import Logger
 from ..threads import leave_signals_to_main
 
 if TYPE_CHECKING:
     from .._virtqueue import Queue
 
-log = logging.getLogger(__name__)
+log = Logger(__name__)
 
 # Feature bits that are not one device's own (virtio 1.2, 6).
 F_INDIRECT_DESC = 1 << 28

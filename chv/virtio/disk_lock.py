@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import stat
 import struct
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import ConfigError
+from ..logs import Logger
 
-_LOG = logging.getLogger(__name__)
+_LOG = Logger(__name__)
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)

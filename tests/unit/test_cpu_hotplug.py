@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from msgspec.structs import asdict
 
 from chv import layout
 from chv.cpu_hotplug import (
