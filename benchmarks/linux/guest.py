@@ -1,0 +1,40 @@
+"""The guests: Debian's kernels, with an initramfs that does nothing but say that it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests.guests.cache import cache, digest, write_whole
+from tests.guests.cpio import Archive
+
+INIT = Path(__file__).with_name("init.c")
+MARK_PORT = 0xE9
+"""Where init.c writes: Bochs' debug console."""
+
+END = b"\x04"
+"""What init.c writes last."""
+
+
+def compiled(source: Path) -> bytes:
+    """A C program, linked statically. subprocess.CalledProcessError if the compiler refuses it."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "program"
+        subprocess.run(["gcc", "-O2", "-Wall", "-static", "-s", "-o", program, source], check=True)
+        return program.read_bytes()
+
+
+def boot_initramfs() -> Path:
+    """An initramfs with init.c alone, built unless it is there.
+
+    It lies beside the kernels; where that cannot be written (in the testbed) it must have been built before.
+    """
+    path = cache() / "guests" / f"initramfs-bench-{digest([INIT.read_bytes()])}.cpio"
+    if not path.exists():
+        archive = Archive()
+        archive.device("dev/console", 5, 1)
+        archive.device("dev/kmsg", 1, 11)
+        archive.file("init", compiled(INIT), 0o755)
+        write_whole(path, archive.data())
+    return path

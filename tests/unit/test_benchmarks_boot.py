@@ -1,0 +1,204 @@
+"""The benchmarks with Linux guests: what they read from logs and monitors, the shape of what they report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import boot as benchmark
+from benchmarks.linux import boots, qemu
+from benchmarks.linux.boots import Boot, BootFailed, Wanted, host_steps
+from benchmarks.linux.guest import END, INIT, compiled
+from benchmarks.linux.kernel_log import breakdown, group, init_us, lines
+from benchmarks.linux.where import enter, without_json
+from benchmarks.results import Report
+from tests.support import require
+
+LOG = """<5>[    0.000000] Linux version 6.12
+<6>[    0.500000] smp: Bringing up secondary CPUs ...
+<6>[    0.700000] smp: Brought up 1 node, 4 CPUs
+<7>[    0.900000] initcall acpi_init+0x0/0x4c0 returned 0 after 120000 usecs
+<7>[    1.000000] initcall pci_subsys_init+0x0/0x70 returned 0 after 30000 usecs
+<7>[    1.100000] initcall cmos_init+0x0/0x90 [rtc_cmos] returned -19 after 2000 usecs
+<7>[    1.200000] initcall inet_init+0x0/0x350 returned 0 after 8000 usecs
+<12>[    2.000000] bench: init
+"""
+
+
+def test_a_kernel_log_says_where_the_time_went() -> None:
+    assert breakdown(LOG) == {
+        "early": 500_000,
+        "vcpus": 200_000,
+        "acpi": 120_000,
+        "devices": 32_000,
+        "other": 8_000,
+        "rest": 1_140_000,
+    }
+    assert sum(breakdown(LOG).values()) == init_us(lines(LOG)) == 2_000_000
+
+
+def test_one_vcpu_has_none_to_bring_up() -> None:
+    log = "\n".join(line for line in LOG.splitlines() if "Bringing" not in line)
+    assert breakdown(log)["early"] == 700_000
+    assert breakdown(log)["vcpus"] == 0
+
+
+def test_a_log_that_was_cut_off_has_no_breakdown() -> None:
+    assert breakdown(LOG[:200]) == {}
+    assert breakdown("") == {}
+    assert Boot(first_run=5, init=10, log="").before_clock is None
+
+
+@given(st.text())
+def test_any_text_can_be_a_log(text: str) -> None:
+    assert set(breakdown(text)) in (set(), {"early", "vcpus", "acpi", "devices", "other", "rest"})
+
+
+def test_initcalls_are_grouped_by_name() -> None:
+    assert [group(name) for name in ("acpi_pci_init", "pnpacpi_init", "serial8250_init", "inet_init")] == [
+        "acpi",
+        "acpi",
+        "devices",
+        "other",
+    ]
+
+
+def test_the_kernels_clock_starts_after_the_first_run() -> None:
+    boot = Boot(start=0, first_run=1_000_000_000, init=4_000_000_000, log=LOG)
+    assert boot.before_clock == 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("given_", "kept"),
+    [
+        (["--quick", "--json", "x", "--rounds", "2"], ["--quick", "--rounds", "2"]),
+        (["--json=x"], []),
+        ([], []),
+    ],
+)
+def test_what_goes_into_the_testbed(given_: list[str], kept: list[str]) -> None:
+    assert without_json(given_) == kept
+
+
+def test_results_come_out_of_the_testbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        seen.append(command)
+        Path(command[command.index("--json") + 1]).write_text("{}")
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr("benchmarks.linux.where.needed", lambda: True)
+    monkeypatch.setattr("benchmarks.linux.where.compileall.compile_dir", lambda *_, **__: True)
+    monkeypatch.setattr("benchmarks.linux.where.subprocess.run", run)
+    out = tmp_path / "deep" / "boot.json"
+    assert enter("benchmarks.boot", ["--quick", "--json", str(out)], out) == 3
+    assert out.read_text() == "{}"
+    assert seen[0][:3] == [sys.executable, "-m", "tests.testbed"]
+    assert "benchmarks.boot" in seen[0]
+    assert str(out) not in seen[0]
+    monkeypatch.setattr("benchmarks.linux.where.needed", lambda: False)
+    assert enter("benchmarks.boot", [], None) is None
+
+
+def test_qemus_monitor_says_when_the_guest_began() -> None:
+    said = (
+        b'{"QMP": {"version": {}}}\r\n{"return": {}}\r\n'
+        b'{"timestamp": {"seconds": 12, "microseconds": 34}, "event": "RESUME"}\r\n{"ret'
+    )
+    assert qemu.event_ns(said, "RESUME") == 12_000_034_000
+    assert qemu.event_ns(said, "STOP") is None
+
+
+def test_host_steps_are_disjoint_and_add_up() -> None:
+    seen = {"started": 110, "imported": 150, "configured": 160}
+    spans = {
+        "memory": (160, 165),
+        "unpack": (165, 265),
+        "kvm": (270, 280),
+        "acpi": (281, 290),
+        "load": (280, 300),
+        "start": (300, 310),
+    }
+    steps = host_steps(100, seen, spans)
+    assert steps["kernel"] == 100
+    assert steps["load"] == 11
+    assert steps["other"] == 5
+    assert sum(steps.values()) == 200
+
+
+def test_a_vmm_that_dies_is_a_failure_with_its_last_words() -> None:
+    @contextlib.contextmanager
+    def dies() -> Iterator[None]:
+        mine, theirs = socket.socketpair()
+        command = [sys.executable, "-c", "import sys; sys.exit('no such kernel')"]
+        with mine, theirs, boots.process(command, theirs) as (vmm, boot):
+            boots.watch(mine, vmm, boot)
+            yield
+
+    with pytest.raises(BootFailed, match=r"ended before /init ran: no such kernel"), dies():
+        raise AssertionError("the failure is raised before")
+
+
+def test_the_log_goes_to_its_end_mark_alone() -> None:
+    """A piece of the log may end in any letter."""
+    mine, theirs = socket.socketpair()
+    code = "import socket, sys, time; s = socket.socket(fileno=int(sys.argv[1]))\n"
+    code += (
+        "for piece in (b'I', b'[    0.000001] END', b'E', b'\\n', b'\\x04'): s.send(piece); time.sleep(0.02)"
+    )
+    with (
+        mine,
+        theirs,
+        boots.process([sys.executable, "-c", code, str(theirs.fileno())], theirs) as (vmm, boot),
+    ):
+        boots.watch(mine, vmm, boot)
+    assert boot.log == "[    0.000001] ENDE\n"
+    assert boot.start < boot.init
+    assert END == b"\x04"
+
+
+def test_the_guests_init_compiles() -> None:
+    require(shutil.which("gcc") is not None, "gcc is not installed")
+    assert compiled(INIT).startswith(b"\x7fELF")
+
+
+def test_the_report_has_two_cases_and_a_breakdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(who: str, wanted: Wanted) -> Boot:
+        if who == "qemu_q35":
+            raise BootFailed("no q35 here")
+        slow = 2 if who == "qemu_microvm" else 1
+        log = LOG if "initcall_debug" in wanted.cmdline else LOG.splitlines()[-1]
+        steps = {"kernel": 700, "kvm": 300}
+        return Boot(
+            0, 1000 * slow, 3_000_000_000 * slow, log, {"exits": 8000}, steps, {"devices": {"serial": 2}}
+        )
+
+    monkeypatch.setattr(benchmark, "once", once)
+    monkeypatch.setattr(benchmark, "boot_initramfs", lambda: Path("/initramfs"))
+    monkeypatch.setattr(benchmark, "kernel", lambda _: type("K", (), {"bzimage": "/k", "release": "6.12.1"}))
+    report = Report("boot", reference=benchmark.REFERENCE)
+    bar = type("Bar", (), {"advance": lambda *_: None})()
+    benchmark.measure(report, "6.12", 4, 2, bar)
+    found = json.loads(json.dumps(report.as_json()))["cases"]
+    assert [case["name"] for case in found] == ["first_run_to_init/6.12/4", "start_to_init/6.12/4"]
+    chv = found[0]["contestants"]["chv"]
+    assert (chv["n"], chv["rounds"]) == (2, 2)
+    assert chv["ratio_to_qemu_microvm"] == pytest.approx(0.5)
+    assert chv["breakdown_ns"]["acpi"] == 120_000_000
+    assert chv["breakdown_ns"]["host"] == 1000
+    assert chv["kvm"] == {"exits": 8000}
+    assert found[1]["contestants"]["chv"]["host_ns"] == {"kernel": 700, "kvm": 300}
+    assert found[1]["contestants"]["qemu_q35"] == {"absent": "no q35 here"}
+    assert (found[0]["kernel"], found[0]["vcpus"]) == ("6.12.1", 4)
