@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE=
 
 SHELL := /bin/bash
 
-.PHONY: help setup build images image firmware demo demo-hotplug demo-image demo-firmware test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-firmware test-pythons clean distclean
+.PHONY: help setup build images image firmware demo demo-hotplug demo-image demo-firmware test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-firmware test-pythons bench clean distclean
 
 help:
 	@echo 'make demo          the whole story, in two parts: demo-hotplug, then demo-image and demo-firmware'
@@ -32,6 +32,7 @@ help:
 	@echo 'make test-linux    Linux guests, in the testbed where /dev/kvm cannot run them'
 	@echo 'make test-firmware EDK2 boots the disk image, in the testbed likewise'
 	@echo 'make test-pythons  build a wheel and run the unit tests with every Python >= 3.11 of this machine'
+	@echo 'make bench         all benchmarks, results and pictures in .work/bench (BENCH=exits QUICK=--quick: a look at one)'
 	@echo 'make clean         remove what was built; distclean also what was downloaded and the environment'
 
 setup:
@@ -118,6 +119,11 @@ test-firmware: build
 
 test-pythons: build
 	@tools/test_pythons.sh $(JUNIT)
+
+# BENCH: names of benchmarks, default all; QUICK=--quick for a look.
+bench: build images
+	@$(PYTHON) -m compileall -q chv tests benchmarks
+	$(PYTHON) -m benchmarks $(QUICK) --output .work/bench $(BENCH)
 
 clean:
 	rm -rf build dist *.egg-info .work .pytest_cache .mypy_cache .ruff_cache .hypothesis

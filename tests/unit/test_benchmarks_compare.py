@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as everything
 from benchmarks import compare, plots
 from benchmarks.results import Report
 
@@ -96,3 +97,9 @@ def test_pictures_of_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_nothing_has_no_picture(tmp_path: Path) -> None:
     assert plots.plot(Report("empty").as_json(), tmp_path) == []
+
+
+def test_an_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        everything.main(["speed"])
+    assert "no benchmark 'speed', only exits, dispatch" in capsys.readouterr().err
