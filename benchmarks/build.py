@@ -51,9 +51,14 @@ def device() -> ModuleType:
     import chv
 
     source = SOURCES / "device.pyx"
-    interface = Path(chv.__file__).parent / "_bus.pxd"
+    package = Path(chv.__file__).parent
+    interface = package / "_bus.pxd"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    path = _built(BUILT / f"device{suffix}", [source, interface], lambda target: _compile(source, target))
+    path = _built(
+        BUILT / f"device{suffix}",
+        [source, interface],
+        lambda target: _compile(source, package.parent, target),
+    )
     loader = importlib.machinery.ExtensionFileLoader("device", str(path))
     spec = importlib.util.spec_from_file_location("device", path, loader=loader)
     assert spec is not None
@@ -62,24 +67,11 @@ def device() -> ModuleType:
     return module
 
 
-def _compile(source: Path, target: Path) -> None:
+def _compile(source: Path, include: Path, target: Path) -> None:
     translated = BUILT / "device.c"
-    _run([sys.executable, "-m", "cython", "-I", str(ROOT), "-o", str(translated), str(source)])
-    include = sysconfig.get_paths()["include"]
-    _run(
-        [
-            "cc",
-            "-shared",
-            "-fPIC",
-            "-O2",
-            "-Wall",
-            f"-I{include}",
-            "-pthread",
-            "-o",
-            str(target),
-            str(translated),
-        ]
-    )
+    _run([sys.executable, "-m", "cython", "-I", str(include), "-o", str(translated), str(source)])
+    shared = ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-pthread", f"-I{sysconfig.get_paths()['include']}"]
+    _run([*shared, "-o", str(target), str(translated)])
 
 
 def _run(command: list[str]) -> None:
@@ -93,9 +85,11 @@ def _run(command: list[str]) -> None:
 
 def _built(target: Path, sources: list[Path], build: Callable[[Path], None]) -> Path:
     """``target``, built first if it is older than a source; one process at a time."""
+    newest = max(source.stat().st_mtime for source in sources)
+    if target.exists() and target.stat().st_mtime >= newest:
+        return target
     BUILT.mkdir(parents=True, exist_ok=True)
     with _locked(BUILT / "lock"):
-        newest = max(source.stat().st_mtime for source in sources)
         if not target.exists() or target.stat().st_mtime < newest:
             half = target.with_name(f"half-{target.name}")
             build(half)
@@ -108,3 +102,8 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+if __name__ == "__main__":
+    print(floor())
+    print(device().__file__)

@@ -77,6 +77,8 @@ cdef class Bus:
 
 cdef int bus_access(bus_range *entry, uint64_t offset, uint32_t size, uint8_t *data,
                     bint is_write, PyObject **error) noexcept nogil
+cdef int bus_access_many(bus_range *entry, uint64_t offset, uint32_t size, uint32_t count, uint8_t *data,
+                         bint is_write, PyObject **error) noexcept nogil
 cdef object take_error(PyObject *error)
 cdef int stats_record(exit_stats *stats, uint32_t slot, bint is_write, uint64_t ticks) noexcept nogil
 cdef void stats_free(exit_stats *stats) noexcept nogil

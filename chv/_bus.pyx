@@ -323,42 +323,81 @@ cdef bus_table *_build(list entries) except NULL:
 
 cdef int bus_access(bus_range *entry, uint64_t offset, uint32_t size, uint8_t *data,
                     bint is_write, PyObject **error) noexcept nogil:
-    cdef int result
-    if entry.ops.read is not NULL:
+    return bus_access_many(entry, offset, size, 1, data, is_write, error)
+
+
+cdef int bus_access_many(bus_range *entry, uint64_t offset, uint32_t size, uint32_t count, uint8_t *data,
+                         bint is_write, PyObject **error) noexcept nogil:
+    """``count`` accesses of one width at one place, one after the other, until one is not BUS_OK."""
+    cdef int result = BUS_OK
+    if entry.ops.read is NULL:
+        with gil:  # once: each time it is asked for, another Python thread may keep it for milliseconds
+            while count and result == BUS_OK:
+                result = _python_access(<object>entry.handler, offset, size, data, is_write, error)
+                data += size
+                count -= 1
+        return result
+    while count and result == BUS_OK:
         if is_write:
             result = entry.ops.write(entry.ops.ctx, offset, size, data)
         else:
             result = entry.ops.read(entry.ops.ctx, offset, size, data)
-        if result != BUS_DEFERRED:
-            return result
-    with gil:
-        return _python_access(<object>entry.handler, offset, size, data, is_write, error)
+        if result == BUS_DEFERRED:
+            with gil:
+                result = _deferred_access(<CDevice>entry.handler, offset, size, data, is_write, error)
+        data += size
+        count -= 1
+    return result
 
 
 cdef int _python_access(object handler, uint64_t offset, uint32_t size, uint8_t *data,
                         bint is_write, PyObject **error) noexcept:
     cdef uint64_t value = 0
-    cdef bint deferred = isinstance(handler, CDevice)
     try:
         if is_write:
             memcpy(&value, data, size)
-            if deferred:
-                handler.deferred_write(offset, size, value)
-            else:
-                handler.write(offset, size, value)
+            handler.write(offset, size, value)
         else:
-            result = handler.deferred_read(offset, size) if deferred else handler.read(offset, size)
-            if not isinstance(result, int) or result < 0 or result >> (8 * size):
-                raise DeviceError(
-                    f"{type(handler).__name__}.read({offset:#x}, {size}) returned {result!r}; "
-                    f"allowed is an integer from 0 to {(~<uint64_t>0) >> (64 - 8 * size):#x}")
-            value = result
+            value = _answer(handler, handler.read(offset, size), offset, size)
             memcpy(data, &value, size)
     except BaseException as exception:
         Py_INCREF(exception)
         error[0] = <PyObject *>exception
         return BUS_EXCEPTION
     return BUS_OK
+
+
+cdef int _deferred_access(CDevice device, uint64_t offset, uint32_t size, uint8_t *data,
+                          bint is_write, PyObject **error) noexcept:
+    cdef uint64_t value = 0
+    try:
+        if is_write:
+            memcpy(&value, data, size)
+            device.deferred_write(offset, size, value)
+        else:
+            value = _answer(device, device.deferred_read(offset, size), offset, size)
+            memcpy(data, &value, size)
+    except BaseException as exception:
+        Py_INCREF(exception)
+        error[0] = <PyObject *>exception
+        return BUS_EXCEPTION
+    return BUS_OK
+
+
+cdef uint64_t _answer(object handler, object result, uint64_t offset, uint32_t size) except? 0xE0E0E0E0E0E0E0E0:
+    """What ``read`` returned, if it is one of the numbers that it may return."""
+    cdef uint64_t most = (~<uint64_t>0) >> (64 - 8 * size)
+    cdef uint64_t value
+    if isinstance(result, int):
+        try:
+            value = result
+            if value <= most:
+                return value
+        except OverflowError:
+            pass  # negative, or above 64 bits
+    raise DeviceError(
+        f"{type(handler).__name__}.read({offset:#x}, {size}) returned {result!r}; "
+        f"allowed is an integer from 0 to {most:#x}")
 
 
 cdef object take_error(PyObject *error):
