@@ -36,10 +36,10 @@ from .results import Case, Report, finish, parser, progress
 from .statistics import median
 
 WARM_UP = 10
-ROUNDS, QUICK_ROUNDS = 60, 6
-ITERATIONS = 200
-SPIN_ITERATIONS = 24  # each exit waits for the GIL
-IPI_ITERATIONS = 30  # both vCPUs compute, on a machine that may have no two cores to spare
+ROUNDS, QUICK_ROUNDS = 100, 10
+ITERATIONS = 100
+SPIN_ITERATIONS = 20  # each exit waits for the GIL
+IPI_ITERATIONS = 25  # both vCPUs compute, on a machine that may have no two cores to spare
 
 Plan = dict[str, dict[str, Guest]]  # contestant -> group -> guest
 
