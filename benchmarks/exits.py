@@ -12,9 +12,11 @@ first instruction of the interrupt's handler. ``ipi`` ends when the sender sees 
 - ``pure_python``: fcntl, mmap and struct (:mod:`benchmarks.exit_pure`)
 - ``qemu``: the guest is its firmware, the register is its pci-testdev
 
-In a round each runs its guests once, in an order that rotates; the first samples of a guest are left out, as
-they meet cold caches. A ratio is that of two medians of one round; the report has the median of the ratios.
-``over_floor_ns`` is the difference of the two, taken likewise.
+A turn is two runs of one guest, by the floor and by another contestant, and the ratio is that of their two
+medians: machines change their speed from second to second, by more than what is looked for. All take turns in
+a round, in an order that rotates; who of the two is first changes, too. The report has the median of a case's
+ratios, and ``over_floor_ns``, the difference of the two medians taken likewise. The first samples of a guest
+are left out, as they meet cold caches. Cases that no VMM has a part in (``cpuid``) show what noise is left.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +40,10 @@ from .results import Case, Report, finish, parser, progress
 from .statistics import median
 
 WARM_UP = 10
-ROUNDS, QUICK_ROUNDS = 100, 10
+ROUNDS, QUICK_ROUNDS = 100, 8
 ITERATIONS = 100
 SPIN_ITERATIONS = 20  # each exit waits for the GIL
-IPI_ITERATIONS = 25  # both vCPUs compute, on a machine that may have no two cores to spare
+IPI_ITERATIONS = 24  # both vCPUs compute, on a machine that may have no two cores to spare
 
 Plan = dict[str, dict[str, Guest]]  # contestant -> group -> guest
 
@@ -54,82 +58,122 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=[],
         help=f"one more VMM: {', '.join(exit_contestants.PEERS)}",
     )
-    made.add_argument("--only", metavar="NAME", action="append", help="this contestant, beside the floor")
+    made.add_argument(
+        "--only",
+        choices=[*exit_contestants.WORKERS, "qemu"],
+        action="append",
+        help="this contestant beside the floor, not all of them",
+    )
     options = made.parse_args(arguments)
-    contestants, absent = invite(options)
-    try:
-        rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-        report = measure(contestants, absent, rounds=rounds, quick=options.quick)
-    finally:
-        for contestant in contestants:
-            contestant.close()
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    with ExitStack() as stack:
+        others, absent = invite(options, stack)
+        report = measure(Floor(), others, absent, rounds=rounds, quick=options.quick)
     finish(report, options)
     return 0
 
 
-def invite(options: argparse.Namespace) -> tuple[list[Contestant], dict[str, str]]:
-    """The contestants, and why others are absent."""
-    found: list[Contestant] = [Floor()]
-    absent: dict[str, str] = {}
+def invite(options: argparse.Namespace, stack: ExitStack) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants beside the floor, closed with ``stack``, and why others are absent."""
     wanted = options.only or [*exit_contestants.WORKERS, "qemu"]
-    try:
-        for name in wanted:
-            if name in exit_contestants.WORKERS:
-                found.append(Worker(name))
-        if "qemu" in wanted:
-            _try(Qemu, "qemu", found, absent)
-        for text in options.peer:
-            name, _, path = text.partition("=")
-            _try(partial(Peer, name, path or name), name, found, absent)
-    except BaseException:
-        for contestant in found:
-            contestant.close()
-        raise
+    makers: dict[str, Callable[[], Contestant]] = {
+        **{name: partial(Worker, name) for name in exit_contestants.WORKERS},
+        "qemu": Qemu,
+    }
+    made = [(name, makers[name]) for name in wanted]
+    for text in options.peer:
+        name, _, path = text.partition("=")
+        made.append((name, partial(Peer, name, path or name)))
+    found: list[Contestant] = []
+    absent: dict[str, str] = {}
+    for name, make in made:
+        try:
+            contestant = make()
+        except Absent as reason:
+            absent[name] = str(reason)
+        else:
+            stack.callback(contestant.close)
+            found.append(contestant)
     return found, absent
 
 
-def _try(make: Callable[[], Contestant], name: str, found: list[Contestant], absent: dict[str, str]) -> None:
-    try:
-        found.append(make())
-    except Absent as reason:
-        absent[name] = str(reason)
+@dataclass
+class ExitCase(Case):
+    """A case whose contestants each have the floor's samples of the same turn beside their own."""
+
+    beside: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def add_turn(self, contestant: str, samples_ns: list[float], floor_ns: list[float]) -> None:
+        """One turn's samples of a contestant and of the floor."""
+        self.add("floor", floor_ns)
+        self.add(contestant, samples_ns)
+        self.beside.setdefault(contestant, []).append(floor_ns)
+
+    def pairs(self, contestant: str) -> list[tuple[float, float]]:
+        """The medians of a contestant and of the floor, turn by turn."""
+        turns = zip(self.contestants[contestant].rounds, self.beside.get(contestant, []), strict=True)
+        return [(median(ours), median(floor)) for ours, floor in turns]
+
+    def ratios(self, contestant: str, reference: str) -> list[float]:
+        """Ratios of medians: to the floor within a turn, to another within a round, both by the floor."""
+        if contestant == reference:
+            return [1.0]
+        ours = [own / floor for own, floor in self.pairs(contestant)]
+        if reference == "floor":
+            return ours
+        theirs = [own / floor for own, floor in self.pairs(reference)]
+        return [own / other for own, other in zip(ours, theirs, strict=False)]
+
+    def compare(self) -> None:
+        """Add what the report's own ratios do not say: nanoseconds above the floor, and chv beside QEMU."""
+        for name in self.beside:
+            differences = [own - floor for own, floor in self.pairs(name)]
+            self.contestants[name].extra["over_floor_ns"] = median(differences)
+        if "qemu" in self.beside and "chv_c" in self.beside:
+            self.contestants["chv_c"].extra["ratio_to_qemu"] = median(self.ratios("chv_c", "qemu"))
 
 
 def measure(
-    contestants: Sequence[Contestant],
+    floor: Contestant,
+    others: Sequence[Contestant],
     absent: dict[str, str],
     *,
     rounds: int,
     quick: bool = False,
     iterations: int = ITERATIONS,
 ) -> Report:
-    """Run the rounds; the first contestant is the floor."""
+    """Let all take turns; ``absent`` is who takes no part, and why."""
     report = Report("exits", quick)
-    cases = {case.name: report.case(case.name, **facts(case)) for case in guests.CASES}
+    cases = {case.name: ExitCase(case.name, dict(facts(case))) for case in guests.CASES}
+    report.cases += cases.values()
+    _tell_absent(cases, others, absent)
     scale = nanoseconds_per_tick()
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan(contestants, Path(folder), iterations)
-        for name, why in absent.items():
-            for case in cases.values():
-                case.absent(name, why)
-        for contestant in contestants:
-            for kind in guests.CASES:
-                why_not = contestant.lacks(kind)
-                if why_not is not None:
-                    cases[kind.name].absent(contestant.name, why_not)
+        plan = make_plan(others, Path(folder), iterations)
         with progress(rounds * sum(map(len, plan.values())), "exits") as bar:
             for number in range(rounds):
-                turn = number % len(contestants)
+                turn = number % max(len(others), 1)
                 for group in guests.GROUPS:
-                    for contestant in (*contestants[turn:], *contestants[:turn]):
+                    for contestant in (*others[turn:], *others[:turn]):
                         guest = plan[contestant.name].get(group)
                         if guest is not None:
                             bar.advance(f"{group}: {contestant.name}")
-                            if not _take_turn(contestant, guest, cases, scale):
+                            pair = (floor, contestant) if number % 2 else (contestant, floor)
+                            if not _take_turn(pair, guest, cases, scale):
                                 del plan[contestant.name][group]
     for case in cases.values():
-        compare(case)
+        case.compare()
     return report
+
+
+def _tell_absent(cases: dict[str, ExitCase], others: Sequence[Contestant], absent: dict[str, str]) -> None:
+    for kind in guests.CASES:
+        for name, why in absent.items():
+            cases[kind.name].absent(name, why)
+        for contestant in others:
+            why_not = contestant.lacks(kind)
+            if why_not is not None:
+                cases[kind.name].absent(contestant.name, why_not)
 
 
 def facts(case: guests.Case) -> dict[str, bool | int]:
@@ -154,41 +198,38 @@ def make_plan(contestants: Sequence[Contestant], folder: Path, iterations: int) 
     return plan
 
 
-def _take_turn(contestant: Contestant, guest: Guest, cases: dict[str, Case], scale: float) -> bool:
-    """One guest of one contestant; False if it fails and need not be tried again."""
-    try:
-        output, _ = contestant.run(guest)
-        taken = guests.samples(output)
-    except (Absent, ValueError) as reason:
-        if contestant.name == "floor":
-            raise
-        for case in guests.cases_of(guest.group):
-            if contestant.lacks(case) is None and not has_rounds(cases[case.name], contestant.name):
-                cases[case.name].absent(contestant.name, str(reason))
-        print(f"{guest.group}: {contestant.name} is left out from here: {reason}", file=sys.stderr)
-        return False
-    extra = {"switch_interval_s": switch_interval()} if contestant.name == "chv_py_spin" else {}
-    for name, ticks in taken.items():
-        if contestant.lacks(guests.BY_NAME[name]) is None:
-            kept = ticks[WARM_UP:] if len(ticks) > 2 * WARM_UP else ticks
-            cases[name].add(contestant.name, [tick * scale for tick in kept], **extra)
+def _take_turn(
+    pair: tuple[Contestant, Contestant], guest: Guest, cases: dict[str, ExitCase], scale: float
+) -> bool:
+    """Both run a guest; False if the one that is not the floor fails and need not be tried again."""
+    answers: dict[str, dict[str, list[float]]] = {}
+    for contestant in pair:
+        try:
+            answers[contestant.name] = _answers(contestant, guest, scale)
+        except (Absent, ValueError) as reason:
+            if contestant.name == "floor":
+                raise
+            for kind in guests.cases_of(guest.group):
+                if contestant.name not in cases[kind.name].contestants:
+                    cases[kind.name].absent(contestant.name, str(reason))
+            print(f"{guest.group}: {contestant.name} is left out from here: {reason}", file=sys.stderr)
+            return False
+    name = next(contestant.name for contestant in pair if contestant.name != "floor")
+    for case, samples_ns in answers[name].items():
+        cases[case].add_turn(name, samples_ns, answers["floor"][case])
+        if name == "chv_py_spin":
+            cases[case].contestants[name].extra["switch_interval_s"] = switch_interval()
     return True
 
 
-def has_rounds(case: Case, name: str) -> bool:
-    """Whether this contestant has answered the case at least once."""
-    return name in case.contestants and bool(case.contestants[name].rounds)
-
-
-def compare(case: Case) -> None:
-    """Add what the report's own ratios do not say: nanoseconds above the floor, and chv beside QEMU."""
-    floor = case.contestants["floor"].rounds
-    for name, who in case.contestants.items():
-        if who.rounds and name != "floor":
-            pairs = zip(who.rounds, floor, strict=False)
-            who.extra["over_floor_ns"] = median([median(ours) - median(its) for ours, its in pairs])
-    if has_rounds(case, "qemu") and has_rounds(case, "chv_c"):
-        case.contestants["chv_c"].extra["ratio_to_qemu"] = median(case.ratios("chv_c", "qemu"))
+def _answers(contestant: Contestant, guest: Guest, scale: float) -> dict[str, list[float]]:
+    """One run's samples in nanoseconds, by case, without the first ones."""
+    output, _ = contestant.run(guest)
+    return {
+        name: [tick * scale for tick in (ticks[WARM_UP:] if len(ticks) > 2 * WARM_UP else ticks)]
+        for name, ticks in guests.samples(output).items()
+        if contestant.lacks(guests.BY_NAME[name]) is None
+    }
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ def test_samples_that_end_early_are_refused(missing: int) -> None:
 
 
 def test_a_round_gives_ratios_and_differences() -> None:
-    report = exits.measure([floor(), Imitation("chv_c", 11), Imitation("qemu", 22)], {}, rounds=3)
+    report = exits.measure(floor(), [Imitation("chv_c", 11), Imitation("qemu", 22)], {}, rounds=3)
     found = contestants_of(report, "outl_to_user")
-    assert found["floor"]["n"] == 3 * (exits.ITERATIONS - exits.WARM_UP)
+    assert found["floor"]["n"] == 2 * 3 * (exits.ITERATIONS - exits.WARM_UP)
     assert found["floor"]["p50_ns"] == found["floor"]["max_ns"]
     assert found["chv_c"]["ratio_to_floor"] == pytest.approx(1.1)
     assert found["chv_c"]["ratio_spread"] == pytest.approx(0)
@@ -119,7 +119,7 @@ def test_a_round_gives_ratios_and_differences() -> None:
 
 
 def test_each_case_says_whether_it_leaves_the_kernel() -> None:
-    report = exits.measure([floor()], {}, rounds=1)
+    report = exits.measure(floor(), [Imitation("qemu", 10)], {}, rounds=1)
     user = {case["name"]: case["userspace_exit"] for case in report.as_json()["cases"]}
     assert user["outl_to_user"] is True
     assert user["cpuid"] is False
@@ -127,11 +127,8 @@ def test_each_case_says_whether_it_leaves_the_kernel() -> None:
 
 
 def test_what_a_contestant_lacks_is_absent_with_the_reason() -> None:
-    report = exits.measure(
-        [floor(), Imitation("qemu", 20, lacking="ipi")],
-        {"kvmtool": "lkvm is not a program"},
-        rounds=2,
-    )
+    absent = {"kvmtool": "lkvm is not a program"}
+    report = exits.measure(floor(), [Imitation("qemu", 20, lacking="ipi")], absent, rounds=2)
     assert contestants_of(report, "ipi")["qemu"] == {"absent": "it has none"}
     assert contestants_of(report, "cpuid")["kvmtool"] == {"absent": "lkvm is not a program"}
     assert "p50_ns" in contestants_of(report, "cpuid")["qemu"]
@@ -139,7 +136,7 @@ def test_what_a_contestant_lacks_is_absent_with_the_reason() -> None:
 
 def test_a_contestant_that_fails_is_not_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
     broken = Imitation("qemu", 20, fails=True)
-    report = exits.measure([floor(), broken], {}, rounds=3)
+    report = exits.measure(floor(), [broken], {}, rounds=3)
     assert broken.turns == len(guests.GROUPS)
     assert contestants_of(report, "outl_to_user")["qemu"] == {"absent": "it fell over"}
     assert "left out from here: it fell over" in capsys.readouterr().err
@@ -153,8 +150,21 @@ def test_contestants_take_turns_at_being_first(tmp_path: Path) -> None:
             order.append(self.name)
             return super().run(guest)
 
-    exits.measure([Noting("floor", 1), Noting("chv_c", 1)], {}, rounds=2)
-    assert order == ["floor", "chv_c"] * 3 + ["chv_c", "floor"] * 3
+    exits.measure(Noting("floor", 1), [Noting("chv_c", 1), Noting("qemu", 1)], {}, rounds=2)
+    assert order == ["chv_c", "floor", "qemu", "floor"] * 3 + ["floor", "qemu", "floor", "chv_c"] * 3
+
+
+def test_a_machine_that_slows_down_does_not_change_ratios() -> None:
+    case = exits.ExitCase("cpuid", {})
+    for speed in (1, 1, 2, 5, 1):
+        case.add_turn("qemu", [200 * speed], [100 * speed])
+        case.add_turn("chv_c", [330 * speed], [300 * speed])
+    case.compare()
+    found = case.as_json("floor")["contestants"]
+    assert (found["qemu"]["ratio_to_floor"], found["qemu"]["ratio_spread"]) == (2, 0)
+    assert found["chv_c"]["ratio_to_floor"] == pytest.approx(1.1)
+    assert found["chv_c"]["ratio_to_qemu"] == pytest.approx(0.55)
+    assert found["floor"]["ratio_to_floor"] == 1
 
 
 def test_the_floor_compiles() -> None:
