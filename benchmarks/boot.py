@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.linux import kvm_stats
 from benchmarks.linux.boots import Boot, BootFailed, Wanted, chv, qemu_boot
-from benchmarks.linux.guest import boot_initramfs
+from benchmarks.linux.guest import initramfs
 from benchmarks.linux.kernel_log import breakdown
 from benchmarks.linux.where import enter
 from benchmarks.results import Case, Report, finish, parser, progress
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--kernel", choices=SERIES, action="append", help="only these series")
     made.add_argument("--vcpus", type=int, action="append", metavar="N", help="only these numbers of vCPUs")
     options = made.parse_args(given)
-    boot_initramfs()
+    initramfs()
     if (status := enter("benchmarks.boot", given, options.json)) is not None:
         return status
     report = Report("boot", options.quick, reference=REFERENCE)
@@ -56,7 +56,7 @@ def measure(report: Report, series: str, vcpus: int, rounds: int, bar: Any) -> N
     facts = {"kernel": kernel(series).release, "vcpus": vcpus, "memory_mib": 512}
     running = report.case(f"first_run_to_init/{series}/{vcpus}", **facts)
     whole = report.case(f"start_to_init/{series}/{vcpus}", **facts)
-    wanted = Wanted(str(kernel(series).bzimage), str(boot_initramfs()), CMDLINE, vcpus)
+    wanted = Wanted(str(kernel(series).bzimage), str(initramfs()), CMDLINE, vcpus)
     detailed = Wanted(wanted.kernel, wanted.initramfs, f"{CMDLINE} {IN_DETAIL}", vcpus)
     out: set[str] = set()
     for number in range(rounds + 1):

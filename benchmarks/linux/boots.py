@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.guests.cache import CHECKOUT
@@ -99,8 +100,12 @@ def host_steps(start: int, seen: dict[str, Any], spans: dict[str, tuple[int, int
 
 
 def qemu_boot(wanted: Wanted, machine: str) -> Boot:
-    """Boot with one of QEMU's machines."""
-    with sockets() as (mine, theirs), sockets() as (monitor, its_monitor):
+    """Boot with one of QEMU's machines. A kernel that panics says why on its serial port."""
+    with (
+        sockets() as (mine, theirs),
+        sockets() as (monitor, its_monitor),
+        tempfile.NamedTemporaryFile(prefix="chv-bench-serial-") as serial,
+    ):
         command = qemu.base(
             machine,
             smp=str(wanted.vcpus),
@@ -108,13 +113,17 @@ def qemu_boot(wanted: Wanted, machine: str) -> Boot:
             kernel=wanted.kernel,
             initramfs=wanted.initramfs,
             cmdline=wanted.cmdline,
+            serial=f"file:{serial.name}",
         )
         command += ["-S", *qemu.monitor(its_monitor.fileno())]
         command += qemu.debug_console(theirs.fileno(), MARK_PORT)
         monitor.sendall(qemu.START)
         realtime = time.time_ns() - time.monotonic_ns()
         with process(command, theirs, its_monitor) as (vmm, boot):
-            watch(mine, vmm, boot)
+            try:
+                watch(mine, vmm, boot)
+            except BootFailed as failure:
+                raise BootFailed(f"{failure}{panic(Path(serial.name).read_text(errors='replace'))}") from None
             monitor.setblocking(False)
             said = monitor.recv(1 << 20)
             vmm.kill()
@@ -125,6 +134,12 @@ def qemu_boot(wanted: Wanted, machine: str) -> Boot:
     boot.first_run = resumed - realtime
     boot.host = {"qemu": boot.first_run - boot.start}
     return boot
+
+
+def panic(said: str) -> str:
+    """What a kernel that panicked said of it, for a message; empty if it did not."""
+    at = said.find("Kernel panic")
+    return "" if at < 0 else f"; the guest said {said[max(0, at - 100) : at + 700]!r}"
 
 
 @contextlib.contextmanager
@@ -174,7 +189,7 @@ def watch(mark: socket.socket, vmm: subprocess.Popen[bytes], boot: Boot) -> None
         piece = os.read(mark.fileno(), 65536)
         now = time.monotonic_ns()
         if not piece:
-            raise BootFailed("the VMM ended before /init ran")
+            raise BootFailed(f"the VMM ended {'in' if data else 'before'} /init")
         if not data:
             boot.init = now
             boot.kvm = kvm_stats.of(vmm.pid)

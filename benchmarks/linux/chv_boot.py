@@ -1,8 +1,9 @@
 """One boot by chv, timed from inside: ``python -m benchmarks.linux.chv_boot JSON``, a process of its own.
 
 The debug console is one more device, in Python, that sends each byte to a descriptor, as QEMU's
-isa-debugcon does; so the moment of /init is taken in the same way for both. When the descriptor is
-closed on the other side, what was counted and timed is printed as JSON.
+isa-debugcon does; so the moment of /init is taken in the same way for both. When its
+standard input ends, what was counted and timed is printed as JSON. Until then each line on its
+standard input is a number of vCPUs to resize to.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def main() -> None:
         configured = time.monotonic_ns()
         vm.add_pio(MARK_PORT, 1, DebugConsole(fd), "debug-console")
         vm.boot()
-        sys.stdin.read()
+        for line in sys.stdin:
+            vm.resize(desired_vcpus=int(line))
         exits = vm.exits
     print(
         json.dumps(

@@ -10,6 +10,7 @@ from tests.guests.cache import cache, digest, write_whole
 from tests.guests.cpio import Archive
 
 INIT = Path(__file__).with_name("init.c")
+CPUS_INIT = Path(__file__).with_name("cpus.c")
 MARK_PORT = 0xE9
 """Where init.c writes: Bochs' debug console."""
 
@@ -25,16 +26,16 @@ def compiled(source: Path) -> bytes:
         return program.read_bytes()
 
 
-def boot_initramfs() -> Path:
-    """An initramfs with init.c alone, built unless it is there.
+def initramfs(init: Path = INIT) -> Path:
+    """An initramfs with a C program alone, built unless it is there.
 
     It lies beside the kernels; where that cannot be written (in the testbed) it must have been built before.
     """
-    path = cache() / "guests" / f"initramfs-bench-{digest([INIT.read_bytes()])}.cpio"
+    path = cache() / "guests" / f"initramfs-bench-{digest([init.read_bytes()])}.cpio"
     if not path.exists():
         archive = Archive()
+        archive.folder("sys")
         archive.device("dev/console", 5, 1)
-        archive.device("dev/kmsg", 1, 11)
-        archive.file("init", compiled(INIT), 0o755)
+        archive.file("init", compiled(init), 0o755)
         write_whole(path, archive.data())
     return path

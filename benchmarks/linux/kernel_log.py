@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 LINE = re.compile(r"^(?:<\d+>)?\[ *(\d+)\.(\d{6})\] (.*)$")
 INITCALL = re.compile(r"^initcall (\S+?)\+\S+ (?:\[\S+\] )?returned -?\d+ after (\d+) usecs")
-INIT = "bench: init"
+INIT = "Run /init as init process"
 
 GROUPS = {
     "acpi": r"acpi|pnp|ged_",
