@@ -12,6 +12,7 @@ import time
 from cpython.ref cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from ._bus cimport (BUS_EXCEPTION, BUS_OK, BUS_RESET, BUS_SHUTDOWN, FIRST_DEVICE_SLOT, Bus, bus_access, bus_access_many,
@@ -69,7 +70,6 @@ cdef extern from *:
 cdef enum:
     UNCLAIMED_PIO_SLOT = 62
     UNCLAIMED_MMIO_SLOT = 63
-    NO_SLOT = 0xFFFFFFFF
 
 # How the loop ends; the names are what VcpuRun.run returns.
 cdef enum:
@@ -124,7 +124,11 @@ cdef class VcpuRun:
     cdef int fd
     cdef readonly Bus pio
     cdef readonly Bus mmio
-    cdef exit_stats stats
+    # An exit is counted once, in the table of its bus or, if it goes to none, by its reason. Not in this
+    # object, which Python clears: pages of the tables that nothing is counted in take no memory.
+    cdef exit_stats *stats
+    cdef exit_stats *pio_stats
+    cdef exit_stats *mmio_stats
     cdef uint32_t pio_hint
     cdef uint32_t mmio_hint
     cdef pthread_t thread
@@ -134,8 +138,12 @@ cdef class VcpuRun:
 
     def __cinit__(self, int fd, size_t size, Bus pio, Bus mmio):
         cdef void *shared
-        memset(&self.stats, 0, sizeof(self.stats))
         self.error = NULL
+        self.stats = <exit_stats *>calloc(3, sizeof(exit_stats))
+        if self.stats is NULL:
+            raise MemoryError
+        self.pio_stats = self.stats + 1
+        self.mmio_stats = self.stats + 2
         self.fd = fd
         self.pio = pio
         self.mmio = mmio
@@ -147,9 +155,13 @@ cdef class VcpuRun:
         self.size = size
 
     def __dealloc__(self):
+        cdef int table
         if self.shared is not NULL:
             munmap(self.shared, self.size)
-        stats_free(&self.stats)
+        if self.stats is not NULL:
+            for table in range(3):
+                stats_free(&self.stats[table])
+            free(self.stats)
         if self.error is not NULL:
             take_error(self.error)
 
@@ -230,14 +242,22 @@ cdef class VcpuRun:
 
     def statistics(self) -> dict:
         """slot -> (reads, writes, ticks, max_ticks, {bucket: count}); may be read while the guest runs."""
-        return stats_snapshot(&self.stats)
+        result = stats_snapshot(self.stats)
+        for reason, counted in (KVM_EXIT_IO, stats_snapshot(self.pio_stats)), \
+                               (KVM_EXIT_MMIO, stats_snapshot(self.mmio_stats)):
+            for slot, entry in counted.items():
+                _add(result, slot, entry)
+                # Reasons do not tell reads from writes.
+                _add(result, reason, (entry[0] + entry[1], 0, *entry[2:]))
+        return result
 
     cdef int loop(self) noexcept nogil:
         cdef kvm_run *run = self.shared
         cdef int result
-        cdef uint64_t start, ticks
+        cdef uint64_t start
         cdef uint32_t reason, slot
-        cdef bint is_write = False
+        cdef exit_stats *stats
+        cdef bint is_write
         while True:
             if ioctl(self.fd, KVM_RUN, 0) < 0:
                 if errno == EINTR or errno == EAGAIN:
@@ -249,11 +269,15 @@ cdef class VcpuRun:
                 return OUT_ERRNO
             start = chv_ticks()
             reason = run.exit_reason
-            slot = NO_SLOT
+            slot = reason if reason < UNCLAIMED_PIO_SLOT else 0
+            stats = self.stats
+            is_write = False
             if reason == KVM_EXIT_IO:
+                stats = self.pio_stats
                 is_write = run.io.direction == KVM_EXIT_IO_OUT
                 result = self.handle_io(run, is_write, &slot)
             elif reason == KVM_EXIT_MMIO:
+                stats = self.mmio_stats
                 is_write = run.mmio.is_write
                 result = self.handle_mmio(run, is_write, &slot)
             elif reason == KVM_EXIT_SYSTEM_EVENT and run.system_event.type == KVM_SYSTEM_EVENT_SHUTDOWN:
@@ -264,11 +288,7 @@ cdef class VcpuRun:
                 result = BUS_OK
             else:
                 result = -1
-            # The clock is read once for both: what reading it takes, every exit takes.
-            ticks = chv_ticks() - start
-            if slot != NO_SLOT:
-                stats_record(&self.stats, slot, is_write, ticks)
-            stats_record(&self.stats, reason if reason < UNCLAIMED_PIO_SLOT else 0, False, ticks)
+            stats_record(stats, slot, is_write, chv_ticks() - start)
             if result == BUS_OK:
                 continue
             if result == BUS_RESET:
@@ -318,3 +338,12 @@ cdef class VcpuRun:
             data += piece
             length -= piece
         return result
+
+
+def _add(statistics: dict, slot: int, entry: tuple) -> None:
+    """Add one slot's counts to what ``statistics`` has of that slot."""
+    reads, writes, ticks, most, histogram = statistics.get(slot, (0, 0, 0, 0, {}))
+    histogram = dict(histogram)
+    for bucket, count in entry[4].items():
+        histogram[bucket] = histogram.get(bucket, 0) + count
+    statistics[slot] = (reads + entry[0], writes + entry[1], ticks + entry[2], max(most, entry[3]), histogram)
