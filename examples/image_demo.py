@@ -18,6 +18,9 @@ from collections.abc import Callable
 
 from examples.hotplug_demo import Demo, Failed, tell
 
+# Slot, device id and the address of BAR 0 of each.
+PCI_DEVICES = "cd /sys/bus/pci/devices; for d in *; do echo $d $(cat $d/device) $(head -1 $d/resource); done"
+
 
 class ImageDemo(Demo):
     """The same as :class:`Demo`, with the guest's commands over ssh."""
@@ -72,12 +75,16 @@ def story(demo: ImageDemo) -> None:
     demo.resize()
     demo.wait_for_cpu(7)
     demo.cpu_lists("0-3", "4-7")
-    demo.guest("for i in 4 5 6 7; do echo 1 > /sys/devices/system/cpu/cpu$i/online; done")
+    demo.guest("echo 1 | tee /sys/devices/system/cpu/cpu[4,5,6,7]/online")
     demo.cpu_lists("0-7", "")
+    devices = demo.guest(PCI_DEVICES)
+    demo.guest("date > /root/before-the-reboot; sync")
     demo.say("-- after a reboot they remain")
     demo.reboot()
     demo.cpu_lists("0-7", "")
-    demo.guest("sync")
+    if demo.guest(PCI_DEVICES) != devices:
+        raise Failed("the PCI devices are elsewhere after the reboot")
+    demo.guest("cat /root/before-the-reboot")
     demo.run("poweroff")
     demo.wait()
 
