@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE=
 
 SHELL := /bin/bash
 
-.PHONY: help setup build images image firmware demo demo-hotplug demo-image demo-firmware test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-firmware test-pythons bench clean distclean
+.PHONY: help setup build images image firmware demo demo-hotplug demo-image demo-firmware test lint test-unit test-kvm test-linux test-linux-1 test-linux-2 test-firmware test-asan test-fuzz fuzz test-pythons bench clean distclean
 
 help:
 	@echo 'make demo          the whole story, in two parts: demo-hotplug, then demo-image and demo-firmware'
@@ -28,6 +28,8 @@ help:
 	@echo 'make images        a disk image to boot, and firmware for it: 7 minutes the first time'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make test-unit     no /dev/kvm needed'
+	@echo 'make test-asan     what is compiled, with AddressSanitizer and UBSan'
+	@echo 'make test-fuzz     a minute of each fuzzer; make fuzz SECONDS_EACH=600: ten'
 	@echo 'make test-kvm      /dev/kvm and tiny guests'
 	@echo 'make test-linux    Linux guests, in the testbed where /dev/kvm cannot run them'
 	@echo 'make test-firmware EDK2 boots the disk image, in the testbed likewise'
@@ -79,7 +81,7 @@ $(LINUX) sh -c 'cp --sparse=always .cache/images/clear.img /dev/shm/chv-demo-$(1
 endef
 
 test: setup
-	@$(PYTHON) -m tests.report images lint test-unit test-kvm test-linux test-firmware test-pythons
+	@$(PYTHON) -m tests.report images lint test-unit test-asan test-fuzz test-kvm test-linux test-firmware test-pythons
 
 lint: build
 	$(PYTHON) -m ruff check .
@@ -116,6 +118,25 @@ test-firmware: build
 	    $(PYTHON) -m pytest tests/linux -m firmware -v --junitxml=$(JUNIT)/test-firmware.xml --chv-logs=$(RESULTS)/consoles \
 	|| { [ $$? = 125 ] && grep -q 'tcg_handle_interrupt: assertion failed' $(RESULTS)/testbed-qemu.log \
 	&& echo '<testsuite><testcase classname="tests.linux.test_image" name="test_an_image_boots_with_edk2"><skipped message="QEMU ended with its own assertion in tcg_handle_interrupt in each of 4 testbeds"/></testcase></testsuite>' >$(JUNIT)/test-firmware.xml; }
+
+# The unit tests of compiled modules, and a while of each fuzzer, with AddressSanitizer and UBSan looking on.
+ASAN_TESTS := $(addprefix tests/unit/test_,bus irq pci_bus virtqueue_ring virtqueue_api virtqueue_notify virtio_block \
+    virtio_net_data virtio_rng virtio_pci virtio_transport virtio_transport_life serial_registers serial_model \
+    debug_port pm_timer)
+
+test-asan: build
+	@mkdir -p $(JUNIT)
+	$(PYTHON) -m tests.sanitized address -- pytest -q -n 2 -o timeout=240 $(addsuffix .py,$(ASAN_TESTS)) \
+	    -p no:cacheprovider --junitxml=$(abspath $(JUNIT))/test-asan.xml
+	$(PYTHON) -m tests.fuzz --build address --seconds 10 virtqueue block net pci
+
+# SECONDS_EACH: how long each fuzzer has. Compiled code counts its edges.
+SECONDS_EACH := 60
+fuzz: build
+	$(PYTHON) -m tests.fuzz --seconds $(SECONDS_EACH)
+
+test-fuzz: build
+	$(PYTHON) -m tests.fuzz --seconds 60 --junitxml $(JUNIT)/test-fuzz.xml
 
 test-pythons: build
 	@tools/test_pythons.sh $(JUNIT)

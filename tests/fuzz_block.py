@@ -40,8 +40,8 @@ from tests.block_model import (
     Model,
     Touched,
 )
-from tests.fuzz_virtqueue import Corpus as Mutator
 from tests.fuzz_virtqueue import Mismatch, Reader, same
+from tests.fuzzing import Inputs
 from tests.virtio_driver import WRITE
 
 SECTORS = 96
@@ -215,11 +215,11 @@ class Run:
 # -- inputs --------------------------------------------------------------------------------------
 
 
-class Corpus(Mutator):
+class Corpus(Inputs):
     """Inputs that showed something new, and what they showed; ``with`` keeps the folder for the disks."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
+    def __init__(self, seed: int, record: Path | None = None) -> None:
+        super().__init__(seed, record)
         self.folder = tempfile.TemporaryDirectory(prefix="chv-fuzz-")
 
     def __enter__(self) -> Corpus:
@@ -228,21 +228,8 @@ class Corpus(Mutator):
     def __exit__(self, *args: object) -> None:
         self.folder.cleanup()
 
-    def progress(self) -> str:
-        return f"{self.runs} runs, {len(self.inputs)} inputs, {len(self.seen)} pairs of branches"
-
-    def step(self) -> bytes:
-        data = self.make()
-        self.runs += 1
-        try:
-            seen = Run(data, Path(self.folder.name)).go()
-        except BaseException as error:
-            error.add_note(f"input: {data.hex()}")
-            raise
-        if not seen <= self.seen:
-            self.seen |= seen
-            self.inputs.append(data)
-        return data
+    def run(self, data: bytes) -> set[tuple[str, str]]:
+        return Run(data, Path(self.folder.name)).go()
 
 
 # -- a guest that writes at the same time ----------------------------------------------------------
@@ -323,9 +310,12 @@ def main(arguments: list[str] | None = None) -> int:
         "--seed", type=int, default=None, help="of the random numbers (default: another each time)"
     )
     parser.add_argument("--input", type=bytes.fromhex, default=None, metavar="HEX", help="run only this one")
+    parser.add_argument(
+        "--record", type=Path, default=None, metavar="FILE", help="has the last input if it crashes"
+    )
     chosen = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1 << 32) if chosen.seed is None else chosen.seed
-    with Corpus(seed) as corpus:
+    with Corpus(seed, chosen.record) as corpus:
         folder = Path(corpus.folder.name)
         if chosen.input is not None:
             Run(chosen.input, folder).go()

@@ -23,6 +23,7 @@ from pathlib import Path
 from chv.virtio._net import Receiver
 from chv.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC
 from chv.virtio.net import F_CTRL_GUEST_OFFLOADS, F_CTRL_VQ, F_GUEST_CSUM, F_MQ, F_MRG_RXBUF
+from tests.sanitized.edges import Edges
 from tests.unit.virtio_net_bench import HEADER, MAC, SPACE, Bench, frame
 from tests.virtio_driver import Ring
 
@@ -250,6 +251,7 @@ def fuzz(target: Target, seconds: float, seed: int, record: Path) -> tuple[int, 
     choose = random.Random(seed)
     corpus = [choose.randbytes(100)]
     seen: set[Signature] = set()
+    edges = Edges()
     runs = 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -260,10 +262,11 @@ def fuzz(target: Target, seconds: float, seed: int, record: Path) -> tuple[int, 
         faulthandler.dump_traceback_later(HANG, exit=True)
         signature = target.run(data)
         runs += 1
-        if signature not in seen:
+        if edges.new() or signature not in seen:
             seen.add(signature)
             corpus.append(data)
     faulthandler.cancel_dump_traceback_later()
+    print(f"{len(corpus)} inputs kept, {edges}")
     return runs, len(seen)
 
 
@@ -272,6 +275,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz_net", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=None, help="of the choices; printed when not given")
+    parser.add_argument("--record", type=Path, help="has the last input if it crashes")
     parser.add_argument("--input", type=Path, help="run this file's bytes alone")
     options = parser.parse_args()
     faulthandler.enable()
@@ -281,7 +285,7 @@ def main() -> int:
             print(target.run(options.input.read_bytes()))
             return 0
         seed = random.randrange(1 << 32) if options.seed is None else options.seed
-        record = Path(tempfile.gettempdir()) / f"chv-fuzz-net-{seed}"
+        record = options.record or Path(tempfile.gettempdir()) / f"chv-fuzz-net-{seed}"
         print(f"seed {seed}; the last input is in {record}", flush=True)
         runs, kinds = fuzz(target, options.seconds, seed, record)
         record.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from chv._bus import buffer_address
 from chv._irq import IrqSource, IrqStatus
 from chv._virtqueue import Chain, Queue, RamMap
 from chv.memory import GuestMemory, Region
+from tests.fuzzing import Inputs
 from tests.virtqueue_model import Image, Model, ModelChain
 
 REGIONS = {0x0: 0x3000, 0x8000: 0x2000}  # base -> bytes; a hole between, nothing behind
@@ -434,52 +435,11 @@ def same(found: object, expected: object, what: str) -> None:
 # -- mutation ------------------------------------------------------------------------------------
 
 
-class Corpus:
+class Corpus(Inputs):
     """Inputs that showed something new, and what they showed."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.inputs: list[bytes] = []
-        self.seen: set[tuple[str, str]] = set()
-        self.runs = 0
-
-    def step(self) -> bytes:
-        """Run one more input; raises what it raised, with the input as a note."""
-        data = self.make()
-        self.runs += 1
-        try:
-            seen = Run(data).go()
-        except BaseException as error:
-            error.add_note(f"input: {data.hex()}")
-            raise
-        if not seen <= self.seen:
-            self.seen |= seen
-            self.inputs.append(data)
-        return data
-
-    def make(self) -> bytes:
-        rng = self.random
-        if not self.inputs or rng.random() < 0.1:
-            return rng.randbytes(rng.randrange(1, 300))
-        data = bytearray(rng.choice(self.inputs[-200:] if rng.random() < 0.5 else self.inputs))
-        for _ in range(1 << rng.randrange(5)):
-            at = rng.randrange(len(data) + 1)
-            match rng.randrange(6):
-                case 0 if data:
-                    data[at % len(data)] = rng.randrange(256)
-                case 1 if data:
-                    data[at % len(data)] ^= 1 << rng.randrange(8)
-                case 2:
-                    data[at:at] = rng.randbytes(rng.randrange(1, 12))
-                case 3:
-                    del data[at : at + rng.randrange(1, 12)]
-                case 4:
-                    other = rng.choice(self.inputs)
-                    start = rng.randrange(len(other) + 1)
-                    data[at:at] = other[start : start + rng.randrange(1, 60)]
-                case _:
-                    data[at:at] = data[at : at + rng.randrange(1, 40)]
-        return bytes(data[:1200])
+    def run(self, data: bytes) -> set[tuple[str, str]]:
+        return Run(data).go()
 
 
 # -- a guest that writes at the same time ----------------------------------------------------------
@@ -592,6 +552,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--seed", type=int, default=None, help="of the random numbers (default: another each time)"
     )
     parser.add_argument("--input", type=bytes.fromhex, default=None, metavar="HEX", help="run only this one")
+    parser.add_argument(
+        "--record", type=Path, default=None, metavar="FILE", help="has the last input if it crashes"
+    )
     parser.add_argument("--scribble", type=int, nargs=len(REGIONS), default=None, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.scribble is not None:
@@ -603,15 +566,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     seed = random.SystemRandom().randrange(1 << 32) if chosen.seed is None else chosen.seed
     print(f"seed {seed}", flush=True)
-    corpus = Corpus(seed)
+    corpus = Corpus(seed, chosen.record)
     end = time.monotonic() + chosen.seconds * 0.75
     shown = time.monotonic()
     while time.monotonic() < end:
         corpus.step()
         if time.monotonic() - shown > 10:
             shown = time.monotonic()
-            print(f"{corpus.runs} runs, {len(corpus.inputs)} inputs, {len(corpus.seen)} pairs", flush=True)
-    print(f"{corpus.runs} runs, {len(corpus.inputs)} inputs, {len(corpus.seen)} pairs of branches: all agree")
+            print(corpus.progress(), flush=True)
+    print(f"{corpus.progress()}: all agree")
     end = time.monotonic() + chosen.seconds * 0.25
     outcomes = hammer(lambda outcomes: time.monotonic() > end, seed)
     print("with a process that scribbles over the ring:")
