@@ -126,7 +126,7 @@ ASAN_TESTS := $(addprefix tests/unit/test_,bus irq pci_bus virtqueue_ring virtqu
 
 test-asan: build
 	@mkdir -p $(JUNIT)
-	$(PYTHON) -m tests.sanitized address -- pytest -q -n 2 -o timeout=240 $(addsuffix .py,$(ASAN_TESTS)) \
+	$(PYTHON) -m tests.sanitized address -- pytest -q -n 2 -o timeout=240 -k 'not takes_no_memory' $(addsuffix .py,$(ASAN_TESTS)) \
 	    -p no:cacheprovider --junitxml=$(abspath $(JUNIT))/test-asan.xml
 	$(PYTHON) -m tests.fuzz --build address --seconds 10 virtqueue block net pci
 

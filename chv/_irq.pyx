@@ -99,7 +99,7 @@ cdef class IrqStatus:
 
     def __cinit__(self, IrqLine line=None, uint32_t number=0):
         self.line = line
-        self.line_bit = 1 << (number & 31)
+        self.line_bit = <uint32_t>1 << (number & 31)
 
     def take(self) -> int:
         """Read and clear the status, as a guest does (virtio 1.2, 4.1.4.5.1): the pin goes low."""
