@@ -38,6 +38,7 @@ cdef struct bus_range:
 
 cdef struct bus_table:
     bus_table *older      # the table that this one took the place of; it lives as long as the bus
+    uint64_t *bases       # of the ranges, close together: a search looks at nothing else
     uint32_t count
     bus_range ranges[1]
 
