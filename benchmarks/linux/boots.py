@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tests.guests.cache import CHECKOUT
@@ -100,12 +99,8 @@ def host_steps(start: int, seen: dict[str, Any], spans: dict[str, tuple[int, int
 
 
 def qemu_boot(wanted: Wanted, machine: str) -> Boot:
-    """Boot with one of QEMU's machines. A kernel that panics says why on its serial port."""
-    with (
-        sockets() as (mine, theirs),
-        sockets() as (monitor, its_monitor),
-        tempfile.NamedTemporaryFile(prefix="chv-bench-serial-") as serial,
-    ):
+    """Boot with one of QEMU's machines."""
+    with sockets() as (mine, theirs), sockets() as (monitor, its_monitor):
         command = qemu.base(
             machine,
             smp=str(wanted.vcpus),
@@ -113,17 +108,13 @@ def qemu_boot(wanted: Wanted, machine: str) -> Boot:
             kernel=wanted.kernel,
             initramfs=wanted.initramfs,
             cmdline=wanted.cmdline,
-            serial=f"file:{serial.name}",
         )
         command += ["-S", *qemu.monitor(its_monitor.fileno())]
         command += qemu.debug_console(theirs.fileno(), MARK_PORT)
         monitor.sendall(qemu.START)
         realtime = time.time_ns() - time.monotonic_ns()
         with process(command, theirs, its_monitor) as (vmm, boot):
-            try:
-                watch(mine, vmm, boot)
-            except BootFailed as failure:
-                raise BootFailed(f"{failure}{panic(Path(serial.name).read_text(errors='replace'))}") from None
+            watch(mine, vmm, boot)
             monitor.setblocking(False)
             said = monitor.recv(1 << 20)
             vmm.kill()
@@ -189,8 +180,10 @@ def watch(mark: socket.socket, vmm: subprocess.Popen[bytes], boot: Boot) -> None
         piece = os.read(mark.fileno(), 65536)
         now = time.monotonic_ns()
         if not piece:
-            raise BootFailed(f"the VMM ended {'in' if data else 'before'} /init")
-        if not data:
+            where = "in" if boot.init else "before"
+            raise BootFailed(f"the VMM ended {where} /init{panic(data.decode(errors='replace'))}")
+        # Before /init only a kernel that panics says something, on the serial port.
+        if not boot.init and (data + piece).startswith(b"I"):
             boot.init = now
             boot.kvm = kvm_stats.of(vmm.pid)
         data += piece

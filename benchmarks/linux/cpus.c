@@ -8,17 +8,16 @@
  * What becomes present is brought online once no other has come for a while, so that the one does not delay
  * the news of the other.
  */
-#include <fcntl.h>
 #include <linux/netlink.h>
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/io.h>
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define PORT 0xe9
+#include "mark.h"
+
 #define QUIET_MS 100
 #define MAX_CPUS 1024
 
@@ -27,9 +26,12 @@ static char offline[MAX_CPUS];
 static void say(char what, int cpu)
 {
 	char line[32];
-	int length = cpu < 0 ? sprintf(line, "%c\n", what) : sprintf(line, "%c %d\n", what, cpu);
 
-	outsb(PORT, line, length);
+	if (cpu < 0)
+		sprintf(line, "%c\n", what);
+	else
+		sprintf(line, "%c %d\n", what, cpu);
+	mark(line);
 }
 
 static void bring_online(void)
@@ -60,7 +62,8 @@ int main(void)
 	int waiting = 0, cpu, size = 4 << 20;
 
 	setsockopt(events, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size));
-	if (ioperm(PORT, 1, 1) || mount("sysfs", "/sys", "sysfs", 0, NULL) ||
+	mark_open();
+	if (mount("sysfs", "/sys", "sysfs", 0, NULL) ||
 	    bind(events, (struct sockaddr *)&address, sizeof(address)))
 		return 1;
 	say('I', -1);

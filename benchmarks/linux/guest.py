@@ -10,6 +10,7 @@ from tests.guests.cache import cache, digest, write_whole
 from tests.guests.cpio import Archive
 
 INIT = Path(__file__).with_name("init.c")
+HEADER = Path(__file__).with_name("mark.h")
 CPUS_INIT = Path(__file__).with_name("cpus.c")
 MARK_PORT = 0xE9
 """Where init.c writes: Bochs' debug console."""
@@ -31,11 +32,12 @@ def initramfs(init: Path = INIT) -> Path:
 
     It lies beside the kernels; where that cannot be written (in the testbed) it must have been built before.
     """
-    path = cache() / "guests" / f"initramfs-bench-{digest([init.read_bytes()])}.cpio"
+    path = cache() / "guests" / f"initramfs-bench-{digest([init.read_bytes(), HEADER.read_bytes()])}.cpio"
     if not path.exists():
         archive = Archive()
         archive.folder("sys")
         archive.device("dev/console", 5, 1)
+        archive.device("dev/ttyS0", 4, 64)
         archive.file("init", compiled(init), 0o755)
         write_whole(path, archive.data())
     return path

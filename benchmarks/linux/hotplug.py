@@ -49,7 +49,7 @@ class Ear:
 
 def parse(line: bytes) -> tuple[str, int]:
     """A line of the guest: its letter and the vCPU, -1 if it names none."""
-    letter, _, number = line.decode("ascii", errors="replace").partition(" ")
+    letter, _, number = line.decode("ascii", errors="replace").strip().partition(" ")
     return letter, int(number) if number.isdigit() else -1
 
 

@@ -151,7 +151,14 @@ def qemu_command(files: Files, image: ClearImage, data: Path, tap_name: str, aio
         initramfs=str(files.initrd),
         cmdline=OPTIONS,
     )
-    command += ["-object", "iothread,id=disk", "-object", "rng-random,id=entropy,filename=/dev/urandom"]
+    command += [
+        "-serial",
+        "null",
+        "-object",
+        "iothread,id=disk",
+        "-object",
+        "rng-random,id=entropy,filename=/dev/urandom",
+    ]
     for name, path, thread in (("root", image.path, ""), ("data", data, ",iothread=disk")):
         command += ["-drive", f"if=none,id={name},format=raw,cache=writeback,aio={aio},file={path}"]
         command += ["-device", f"virtio-blk-pci,drive={name}{thread}"]

@@ -18,12 +18,10 @@ START = b'{"execute": "qmp_capabilities"}\n{"execute": "cont"}\n'
 """Written to the monitor before QEMU starts: with -S it begins as soon as it is ready, and says when."""
 
 
-def base(
-    machine: str, *, smp: str, memory: str, kernel: str, initramfs: str, cmdline: str, serial: str = "null"
-) -> list[str]:
+def base(machine: str, *, smp: str, memory: str, kernel: str, initramfs: str, cmdline: str) -> list[str]:
     """QEMU with KVM and no device beside the machine's own."""
     return [
-        *(PROGRAM, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", serial),
+        *(PROGRAM, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-machine", MACHINES[machine], "-accel", "kvm", "-cpu", "host", "-smp", smp, "-m", memory),
         *("-kernel", kernel, "-initrd", initramfs, "-append", cmdline),
     ]
@@ -35,8 +33,9 @@ def monitor(fd: int) -> list[str]:
 
 
 def debug_console(fd: int, port: int) -> list[str]:
-    """Options for a debug console that sends to an open socket."""
-    return ["-chardev", f"socket,id=mark,fd={fd}", "-device", f"isa-debugcon,iobase={port:#x},chardev=mark"]
+    """Options for a debug console and a serial port that send to the same open socket; see mark.h."""
+    device = ["-device", f"isa-debugcon,iobase={port:#x},chardev=mark", "-serial", "chardev:mark"]
+    return ["-chardev", f"socket,id=mark,mux=on,fd={fd}", *device]
 
 
 def messages(data: bytes) -> Iterator[dict[str, Any]]:
