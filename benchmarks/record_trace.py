@@ -17,7 +17,7 @@ from typing import Any
 import chv
 import chv.machine
 import chv.vm
-from benchmarks.linux.guest import MARK_PORT, boot_initramfs
+from benchmarks.linux.guest import MARK_PORT, initramfs
 from benchmarks.linux.where import enter
 from benchmarks.results import parser
 from benchmarks.trace import Access, Layout, write
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; ``--json FILE`` is where the trace goes."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser(__doc__).parse_args(given)
-    boot_initramfs()
+    initramfs()
     if (status := enter("benchmarks.record_trace", given, options.json)) is not None:
         return status
     vars(chv.machine)["Bus"] = NotingBus
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with chv.VM(
         kernel=str(kernel(SERIES[0]).bzimage),
-        initramfs=str(boot_initramfs()),
+        initramfs=str(initramfs()),
         cmdline="console=ttyS0 panic=-1",
         memory=512 * MiB,
         serial="null",
