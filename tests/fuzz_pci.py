@@ -33,6 +33,7 @@ HOME = 0xC800_0000  # where each device's BAR is put to see whether it still wor
 BAR_SIZE = 1 << 19
 RINGS = 0x100000
 HANG = 60  # seconds
+RESET = 20.0  # seconds that a reset may take
 
 COMMON = [
     0x00, 0x04, 0x08, 0x0C, 0x10, 0x12, 0x14, 0x15, 0x16, 0x18, 0x1A, 0x1C, 0x1E, 0x20, 0x24, 0x28,
@@ -221,7 +222,7 @@ class Run:
         self.machine.write(driver.slot, 0x86, 0, 2)
         same(driver.transport.bar_address(0), HOME + driver.slot * BAR_SIZE, "the BAR's address")
         driver.write(STATUS, 1, 0)
-        end = time.monotonic() + 20
+        end = time.monotonic() + RESET
         while driver.read(STATUS, 1):
             if time.monotonic() > end:
                 raise Mismatch("the reset does not end")
