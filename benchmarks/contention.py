@@ -1,7 +1,7 @@
 """What an exit costs while the same process is busy with something else.
 
 A vCPU writes a port over and over and times each exit by its TSC; the port's handler is in C or in Python.
-Beside it, taking turns: nothing (``idle``); another VM's vCPU whose handlers are in Python (``python_vcpu``); a
+Beside it, taking turns: nothing (``idle``); another VM with handlers in Python (``python_vcpu``); a
 Python thread that computes (``python_spins``; ``python_spins_100us``: with ``sys.setswitchinterval(1e-4)``);
 the REST API answering 1,000 requests a second to a client process (``api``); virtio-rng's worker, which fills
 buffers of 64 KiB (``io_worker``). Ratios are to ``idle``. What needs the GIL waits up to the switch interval.
