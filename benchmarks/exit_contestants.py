@@ -137,7 +137,7 @@ class Qemu(Contestant):
             "-machine pc,kernel_irqchip=on -accel kvm -cpu host,-arch-capabilities"
             " -nodefaults -no-user-config -display none"
             f" -device pci-testdev,addr={guests.PCI_SLOT:#x} -m {guests.MEMORY_SIZE >> 20}"
-            f" -smp {guest.cpus} -serial file:/dev/fd/{writer}"
+            f" -smp {guest.cpus} -serial file:/proc/self/fd/{writer}"
         )
         command = [self._program, *options.split(), "-bios", guest.rom]
         try:
