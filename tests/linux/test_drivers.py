@@ -13,7 +13,7 @@ from tests.linux.guests import assert_healthy
 from tests.netns import in_namespace, links
 
 MIB = 1 << 20
-CYCLES = 5
+CYCLES = 3
 HOST, GUEST = "192.168.249.1", "192.168.249.2"
 
 # Each driver with a command that uses its device, in the $i-th cycle. Which hvc it is that the console gets

@@ -13,7 +13,7 @@ from tests.linux.guests import assert_healthy
 from tests.linux.transfers import Sink, Source, serving
 from tests.netns import in_namespace, links
 
-MIB = 1 << 20
+KIB, MIB = 1 << 10, 1 << 20
 LONGEST_PACKET = 1514  # Ethernet's header and 1500 bytes
 
 # Feature bits (virtio 1.2, 5.1.3): CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4.
@@ -77,7 +77,7 @@ def with_offloads(vm: Guest) -> None:
 
 def without_offloads(vm: Guest) -> None:
     assert not features(vm, BARE) & OFFLOADS
-    received, sent = there_and_back(vm, BARE, MIB)
+    received, sent = there_and_back(vm, BARE, 512 * KIB)
     assert received <= LONGEST_PACKET
     assert sent <= LONGEST_PACKET
 
@@ -106,7 +106,7 @@ def mean(before: dict[str, int], after: dict[str, int], way: str) -> float:
 def over_two_pairs(vm: Guest) -> None:
     """Two connections at once, one on each vCPU: each has a pair of queues for itself, both ways."""
     assert vm.run(f"ls /sys/class/net/eth{PAIRS.number}/queues").split() == ["rx-0", "rx-1", "tx-0", "tx-1"]
-    data = os.urandom(MIB)
+    data = os.urandom(512 * KIB)
     digest = hashlib.sha256(data).hexdigest()
     before = interrupts(vm, PAIRS)
     with serving(PAIRS.host, Source, data) as source, serving(PAIRS.host, Sink) as sink:
