@@ -9,6 +9,8 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
+import pytest
+
 from chv.testing import Guest
 from tests.images import find
 from tests.linux.guests import assert_healthy, reboot
@@ -40,6 +42,7 @@ def image() -> Path:
         raise
 
 
+@pytest.mark.timeout(600)  # a minute or two, and several on a busy machine in the testbed
 def test_what_is_written_at_random_is_read_back(guest: Callable[..., Guest], tmp_path: Path) -> None:
     disks = [f"path={image()},readonly=on"]
     for number, options in enumerate(DISKS):

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
+
 from chv.testing import Guest
 from tests.linux.guests import assert_healthy
 from tests.linux.transfers import Sink, Source, serving
@@ -48,6 +50,7 @@ PAIRS = Card(2, "pairs", ",num_queues=4")
 CARDS = (DEFAULT, BARE, PAIRS)
 
 
+@pytest.mark.timeout(600)  # a minute, and several on a busy machine in the testbed
 @in_namespace
 def test_pings_and_transfers_with_offloads_and_without_and_over_two_pairs(
     guest: Callable[..., Guest], series: str
