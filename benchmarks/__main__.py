@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ALL = ("exits", "dispatch", "contention", "startup", "boot", "resize", "io")
+ALL = ("exits", "dispatch", "pci", "contention", "startup", "boot", "resize", "io")
 
 
 def main(arguments: list[str] | None = None) -> int:
