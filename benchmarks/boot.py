@@ -74,7 +74,7 @@ def measure(report: Report, series: str, vcpus: int, rounds: int, bar: Any) -> N
             if number < rounds:
                 note(running, whole, who, boot)
             else:
-                running.contestants[who].extra["breakdown_ns"] = parts(boot)
+                running.contestants[who].extra["parts_ms"] = parts(boot)
 
 
 def run(who: str, wanted: Wanted, tries: int = 2) -> Boot:
@@ -105,12 +105,12 @@ def note(running: Case, whole: Case, who: str, boot: Boot) -> None:
         whole.value(who, f"host: {step}", ns / 1e6, "ms")
 
 
-def parts(boot: Boot) -> dict[str, int]:
-    """The stacked bar: host, what goes by before the kernel's clock, and the kernel's own parts, in ns."""
-    found = {"host": boot.first_run - boot.start}
+def parts(boot: Boot) -> dict[str, float]:
+    """The stacked bar: host, what goes by before the kernel's clock, and the kernel's own parts, in ms."""
+    found = {"host": (boot.first_run - boot.start) / 1e6}
     if boot.before_clock is not None:
-        found["before_clock"] = boot.before_clock
-    return {**found, **{name: us * 1000 for name, us in breakdown(boot.log).items()}}
+        found["before_clock"] = boot.before_clock / 1e6
+    return {**found, **{name: us / 1000 for name, us in breakdown(boot.log).items()}}
 
 
 if __name__ == "__main__":
