@@ -145,7 +145,7 @@ def test_a_driver_comes_and_goes_a_hundred_times(guest: Callable[..., Guest], di
     name = vm.run("basename $(readlink /sys/block/vda/device)")
     vm.run(
         "cd /sys/bus/virtio/drivers/virtio_blk; "
-        f"for i in $(seq 100); do echo {name} > unbind && echo {name} > bind || exit 1; done",
+        f"(for i in $(seq 100); do echo {name} > unbind && echo {name} > bind || exit 1; done)",
         timeout=300,
     )
     assert vm.run("md5sum < /dev/vda", timeout=120).split()[0] == wanted
