@@ -59,6 +59,10 @@ UNBUILT = {  # options of Cloud Hypervisor that are not fields of a VM -> what t
 UNBUILT_FLAGS = {"dbus-system-bus": "the D-Bus API", "pvmemcontrol": "pvmemcontrol"}
 
 
+SWITCH_SECONDS = 0.0001
+"""How long a Python thread of the ``chv`` process may compute while another waits to."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``chv`` with ``argv`` (the process's arguments if None); the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -108,6 +112,8 @@ def _main(arguments: list[str]) -> int:
 
     from .run import run
 
+    # This process is a VMM's, and a thread that computes holds no exit up for Python's 5 ms (docs/benchmarks.md).
+    sys.setswitchinterval(SWITCH_SECONDS)
     return run(
         config,
         api_socket=options.api_socket,
