@@ -112,7 +112,7 @@ def _main(arguments: list[str]) -> int:
 
     from .run import run
 
-    # This process is a VMM's, and a thread that computes holds no exit up for Python's 5 ms (docs/benchmarks.md).
+    # A thread that computes must not hold up exits for the 5 ms that Python gives it (docs/benchmarks.md).
     sys.setswitchinterval(SWITCH_SECONDS)
     return run(
         config,
