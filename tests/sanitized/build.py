@@ -36,7 +36,7 @@ def build(kind: str) -> Path:
         # The counters are in a library that is loaded before everything else.
         link = flags if kind == "address" else ""
         env = {**os.environ, "CFLAGS": flags, "LDFLAGS": link}
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count() or 1}"]
         subprocess.run(
             command, cwd=folder, env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -44,11 +44,11 @@ def build(kind: str) -> Path:
 
 
 def copy_sources(folder: Path) -> None:
-    """Only what changed, so that only that is compiled again."""
+    """Only what changed, so that only that is compiled again; Cython's C last, so that it counts as new."""
     wanted = {ROOT / "setup.py", *(path for path in (ROOT / "chv").rglob("*") if path.is_file())}
-    for path in wanted:
+    for path in sorted(wanted, key=lambda path: (path.suffix == ".c", path)):
         target = folder / path.relative_to(ROOT)
-        if path.suffix in (".so", ".c", ".pyc", ".html"):
+        if path.suffix in (".so", ".pyc", ".html") or (path.suffix == ".c" and out_of_date(path)):
             continue
         if not target.exists() or target.read_bytes() != path.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,12 @@ def copy_sources(folder: Path) -> None:
         link = folder / name
         if not link.is_symlink():
             link.symlink_to(ROOT / name)
+
+
+def out_of_date(generated: Path) -> bool:
+    """Whether a C file is older than something that it may have been made of."""
+    made = generated.stat().st_mtime
+    return any(path.stat().st_mtime > made for path in (ROOT / "chv").rglob("*.p[yx][xd]"))
 
 
 def compile_counters(folder: Path) -> None:
