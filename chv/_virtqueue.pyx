@@ -737,10 +737,11 @@ cdef class Queue:
         Notifications are off meanwhile and on afterwards. The guest is interrupted, if it wants to be, for
         the chains done: at the end, when the iteration is left early, and every 64 chains.
         """
-        cdef uint32_t taken = 0
-        cdef bint more = True
+        cdef uint32_t taken = 0, before
+        cdef bint more = True, promised = False
         try:
             while more:
+                before = taken
                 vq_disable_kick(&self.q)
                 while (chain := self.pop()) is not None:
                     yield chain
@@ -748,7 +749,11 @@ cdef class Queue:
                     if taken % BATCH == 0:
                         vq_signal(&self.q)
                 vq_signal(&self.q)
-                more = vq_enable_kick(&self.q)
+                if promised and taken == before and self.q.error == VQ_OK and not chv_flag(<int *>&self.q.stop):
+                    # There was a chain and is none: an index that goes back, as where the used ring lies over
+                    # the available one. Asking again and again would never end, with the GIL held.
+                    broken(&self.q, VQ_BAD_INDEX)
+                promised = more = vq_enable_kick(&self.q)
         finally:
             if more:  # left early
                 vq_signal(&self.q)

@@ -38,7 +38,8 @@ def below(modules: set[str], names: set[str]) -> set[str]:
 
 
 def test_importing_chv_imports_nothing_else() -> None:
-    assert imported("import chv") == {"__future__", "chv", "chv.version"}
+    # An editable installation has imported __future__ before.
+    assert imported("import chv") - {"__future__"} == {"chv", "chv.version"}
 
 
 @pytest.mark.parametrize(

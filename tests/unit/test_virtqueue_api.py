@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -417,3 +419,28 @@ def test_a_device_in_a_thread_answers_each_request(event_idx: bool, indirect: bo
         assert not worker.is_alive()
         assert queue.chains == 100
         assert queue.error is None
+
+
+OVERLAPPED = """
+from chv._irq import IrqSource
+from chv._virtqueue import Queue, RamMap
+from chv.memory import GuestMemory
+
+memory = GuestMemory(1 << 20)
+queue = Queue(RamMap(memory), 0, 8, IrqSource(), IrqSource())
+# The flags of the used ring, which the device writes, are the available index.
+queue.enable(8, 0x1000, 0x2002, 0x2004, event_idx=False, indirect=False)
+memory.write(0x1000, (0x3000).to_bytes(8, "little") + (4).to_bytes(4, "little") + bytes(4))
+taken = sum(1 for chain in queue)
+print(taken, queue.error)
+"""
+
+
+def test_rings_that_lie_over_each_other_do_not_hold_python_up() -> None:
+    """The device's own flags made the available index go forth and back, and an iteration never ended."""
+    ran = subprocess.run(
+        [sys.executable, "-c", OVERLAPPED], capture_output=True, text=True, timeout=60, check=True
+    )
+    taken, _, error = ran.stdout.strip().partition(" ")
+    assert int(taken) <= 8
+    assert error == "queue 0: the available index is further ahead than the queue is long"
