@@ -31,7 +31,7 @@ from chv._irq import IrqSource, IrqStatus
 from chv._virtqueue import Chain, Queue, RamMap
 from chv.memory import GuestMemory, Region
 from tests.fuzzing import Inputs
-from tests.virtqueue_model import Image, Model, ModelChain
+from tests.virtqueue_model import BAD_INDEX, Image, Model, ModelChain
 
 REGIONS = {0x0: 0x3000, 0x8000: 0x2000}  # base -> bytes; a hole between, nothing behind
 MAX_SIZE = 64
@@ -362,9 +362,10 @@ class Run:
         model.close()
 
     def iterate(self) -> Generator[ModelChain]:
-        taken, more = 0, True
+        taken, more, promised = 0, True, False
         try:
             while more:
+                before = taken
                 self.model.disable_kick()
                 while (chain := self.model.pop()) is not None:
                     yield chain
@@ -372,7 +373,9 @@ class Run:
                     if taken % 64 == 0:
                         self.model.signal()
                 self.model.signal()
-                more = self.model.enable_kick()
+                if promised and taken == before and not self.model.error:
+                    self.model.breaks(BAD_INDEX)
+                promised = more = self.model.enable_kick()
         finally:
             if more:
                 self.model.signal()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,17 @@ BROKEN = [
 @given(st.binary(max_size=600))
 def test_any_program_of_driver_and_device_does_what_the_model_says(data: bytes) -> None:
     Run(data).go()
+
+
+def test_asking_for_kicks_that_moves_the_index_breaks_both() -> None:
+    program = Run(b"\x63")  # iterate for up to 100 chains
+    with contextlib.closing(program.memory), contextlib.closing(program.queue):
+        for ring in (program.queue, program.model):
+            ring.enable(16, 0x1000, 0x1802, 0x1804, event_idx=False, indirect=False)
+        program.put(0x1000, bytes(16))
+        program.serve()
+        program.compare()
+        assert program.model.error == virtqueue_model.BAD_INDEX
 
 
 def test_mutated_programs_reach_each_kind_of_broken_ring() -> None:
