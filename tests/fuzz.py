@@ -33,18 +33,37 @@ class Outcome:
     status: int
     last: str
     log: Path
+    again: str = ""
 
     @property
     def told(self) -> str:
         """A line for people."""
         if self.status == 0:
             return f"{self.target:<10} {self.last}"
-        return (
-            f"{self.target:<10} FAILED with status {self.status}: {self.last}\n{'':<10} all of it: {self.log}"
-        )
+        failed = f"{self.target:<10} FAILED with status {self.status}: {self.last}"
+        return f"{failed}\n{'':<10} all of it: {self.log}\n{'':<10} again: {self.again}"
 
 
-def fuzz(target: str, seconds: float, folder: Path, env: Mapping[str, str]) -> Outcome:
+# What a log has of a mistake, where its last line is only the end of a stack.
+SIGNS = ("Timeout (", "ERROR: AddressSanitizer", "runtime error:", "Fatal Python error")
+
+
+def told(lines: list[str], status: int) -> str:
+    """The line of a log that says most: the last count of what was run, or what went wrong."""
+    wanted = SIGNS if status else ("runs", "inputs", "images")
+    plain = [line for line in lines if not line.startswith("input: ")]  # a note behind what was raised
+    found = [line for line in lines if any(word in line for word in wanted)] or plain[-1:]
+    return (found[0] if status else found[-1]) if found else "it said nothing"
+
+
+def replay(target: str, build: str, record: Path) -> str:
+    """The command that runs the last input of a target again."""
+    module = f"tests.fuzz_{target}"
+    start = f"python -m {module}" if build == "none" else f"python -m tests.sanitized {build} -- {module}"
+    return f"{start} --input {record}" if target in ("image", "net") else f'{start} --input "$(cat {record})"'
+
+
+def fuzz(target: str, seconds: float, build: str, folder: Path, env: Mapping[str, str]) -> Outcome:
     """Run one fuzzer until it ends; it has a minute more than its time, then it counts as hanging."""
     log, record = LOGS / f"{target}.log", LOGS / f"{target}.input"
     command = [sys.executable, "-X", "faulthandler", "-m", f"tests.fuzz_{target}", "--seconds", str(seconds)]
@@ -57,10 +76,8 @@ def fuzz(target: str, seconds: float, folder: Path, env: Mapping[str, str]) -> O
         except subprocess.TimeoutExpired:
             process.send_signal(6)  # its stacks go into the log
             status = process.wait(30)
-    lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-    summary = [line for line in lines if "runs" in line or "inputs" in line or "images" in line]
-    last = summary[-1] if status == 0 and summary else lines[-1]
-    return Outcome(target, time.monotonic() - started, status, last, log)
+    last = told(log.read_text(errors="replace").strip().splitlines(), status)
+    return Outcome(target, time.monotonic() - started, status, last, log, replay(target, build, record))
 
 
 def junit(outcomes: list[Outcome]) -> str:
@@ -99,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         started = [
-            pool.submit(fuzz, target, options.seconds, folder, env) for target in options.targets or TARGETS
+            pool.submit(fuzz, target, options.seconds, options.build, folder, env)
+            for target in options.targets or TARGETS
         ]
         outcomes = [future.result() for future in started]
     for found in outcomes:

@@ -247,7 +247,11 @@ def main() -> int:
     parser.add_argument(
         "--image", type=Path, default=Path("fuzz.img"), help="file to use [default: fuzz.img]"
     )
+    parser.add_argument("--input", type=Path, metavar="FILE", help="use only this image, which is kept")
     options = parser.parse_args()
+    if options.input is not None:
+        print(use(str(options.input)))
+        return 0
     print(f"fuzz_image: seed {options.seed}", flush=True)
     return run(options.seconds, options.seed, options.image)
 

@@ -266,7 +266,10 @@ def fuzz(target: Target, seconds: float, seed: int, record: Path) -> tuple[int, 
             seen.add(signature)
             corpus.append(data)
     faulthandler.cancel_dump_traceback_later()
-    print(f"{len(corpus)} inputs kept, {edges}")
+    print(
+        f"{runs} inputs, {len(seen)} kinds of behaviour, {len(corpus)} inputs kept, {edges}: no failure",
+        flush=True,
+    )
     return runs, len(seen)
 
 
@@ -287,9 +290,8 @@ def main() -> int:
         seed = random.randrange(1 << 32) if options.seed is None else options.seed
         record = options.record or Path(tempfile.gettempdir()) / f"chv-fuzz-net-{seed}"
         print(f"seed {seed}; the last input is in {record}", flush=True)
-        runs, kinds = fuzz(target, options.seconds, seed, record)
+        fuzz(target, options.seconds, seed, record)
         record.unlink(missing_ok=True)
-        print(f"{runs} inputs, {kinds} kinds of behaviour, no failure")
     finally:
         target.close()
     return 0

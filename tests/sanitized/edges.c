@@ -29,7 +29,7 @@ static uint8_t range_of(uint8_t count)
     return count < 8 ? 8 : count < 16 ? 16 : count < 32 ? 32 : count < 128 ? 64 : 128;
 }
 
-/* Forget the counts; how many edges, or ranges of counts at them, were met for the first time since the start. */
+/* Forget the counts; how many edges, or ranges of counts at them, were met for the first time since chv_edges_forget. */
 int chv_edges_new(void)
 {
     int found = 0;
@@ -44,6 +44,13 @@ int chv_edges_new(void)
     }
     memset(map, 0, SIZE);
     return found;
+}
+
+/* As if nothing had run yet: importing modules takes thousands of edges that no input takes. */
+void chv_edges_forget(void)
+{
+    memset(map, 0, SIZE);
+    memset(known, 0, SIZE);
 }
 
 /* How many edges were ever met. */

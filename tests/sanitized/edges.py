@@ -13,7 +13,8 @@ class Edges:
         self.counted = hasattr(library, "chv_edges_new")
         self._new = library.chv_edges_new if self.counted else int
         self._known = library.chv_edges_known if self.counted else int
-        self._new()  # what importing took
+        if self.counted:
+            library.chv_edges_forget()  # what importing took
 
     def new(self) -> bool:
         """Whether an edge was taken, since the last call, that no earlier input took (or not as often)."""

@@ -74,9 +74,20 @@ def test_the_summary_of_all_fuzzers_says_what_failed_and_where() -> None:
     bad = fuzz.Outcome("pci", 3, -11, "Segmentation <fault>", Path("pci.log"))
     assert good.told == "net        7 inputs"
     assert bad.told.splitlines()[0] == "pci        FAILED with status -11: Segmentation <fault>"
-    assert bad.told.endswith("pci.log")
+    assert bad.told.splitlines()[1].endswith("pci.log")
     suite = ElementTree.fromstring(fuzz.junit([good, bad]))
     assert [(case.get("name"), len(case)) for case in suite] == [("net", 0), ("pci", 1)]
+
+
+def test_a_failure_says_what_it_was_and_how_to_meet_it_again() -> None:
+    lines = ["seed 1", "9 runs, 3 inputs kept", "Timeout (0:01:00)!", "  File x, line 80 in work"]
+    assert fuzz.told(lines, 1) == "Timeout (0:01:00)!"
+    assert fuzz.told(lines, 0) == "9 runs, 3 inputs kept"
+    assert fuzz.told(["Mismatch: a != b", "input: 00"], 1) == "Mismatch: a != b"
+    assert fuzz.told([], 1) == "it said nothing"
+    assert fuzz.replay("net", "none", Path("net.input")) == "python -m tests.fuzz_net --input net.input"
+    again = 'python -m tests.sanitized address -- tests.fuzz_pci --input "$(cat pci.input)"'
+    assert fuzz.replay("pci", "address", Path("pci.input")) == again
 
 
 def test_an_unknown_target_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
