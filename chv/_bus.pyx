@@ -336,7 +336,7 @@ cdef int bus_access_many(bus_range *entry, uint64_t offset, uint32_t size, uint3
     if entry.ops.read is NULL:
         with gil:  # once: each time it is asked for, another Python thread may keep it for milliseconds
             while count and result == BUS_OK:
-                result = _python_access(<object>entry.handler, offset, size, data, is_write, error)
+                result = _python_access(<object>entry.handler, False, offset, size, data, is_write, error)
                 data += size
                 count -= 1
         return result
@@ -347,38 +347,26 @@ cdef int bus_access_many(bus_range *entry, uint64_t offset, uint32_t size, uint3
             result = entry.ops.read(entry.ops.ctx, offset, size, data)
         if result == BUS_DEFERRED:
             with gil:
-                result = _deferred_access(<CDevice>entry.handler, offset, size, data, is_write, error)
+                result = _python_access(<object>entry.handler, True, offset, size, data, is_write, error)
         data += size
         count -= 1
     return result
 
 
-cdef int _python_access(object handler, uint64_t offset, uint32_t size, uint8_t *data,
+cdef int _python_access(object handler, bint deferred, uint64_t offset, uint32_t size, uint8_t *data,
                         bint is_write, PyObject **error) noexcept:
+    """What is left to Python: a handler's ``read`` or ``write``, or what a device in C has ``deferred``."""
     cdef uint64_t value = 0
     try:
         if is_write:
             memcpy(&value, data, size)
-            handler.write(offset, size, value)
+            if deferred:
+                handler.deferred_write(offset, size, value)
+            else:
+                handler.write(offset, size, value)
         else:
-            value = _answer(handler, handler.read(offset, size), offset, size)
-            memcpy(data, &value, size)
-    except BaseException as exception:
-        Py_INCREF(exception)
-        error[0] = <PyObject *>exception
-        return BUS_EXCEPTION
-    return BUS_OK
-
-
-cdef int _deferred_access(CDevice device, uint64_t offset, uint32_t size, uint8_t *data,
-                          bint is_write, PyObject **error) noexcept:
-    cdef uint64_t value = 0
-    try:
-        if is_write:
-            memcpy(&value, data, size)
-            device.deferred_write(offset, size, value)
-        else:
-            value = _answer(device, device.deferred_read(offset, size), offset, size)
+            result = handler.deferred_read(offset, size) if deferred else handler.read(offset, size)
+            value = _answer(handler, result, offset, size)
             memcpy(data, &value, size)
     except BaseException as exception:
         Py_INCREF(exception)
