@@ -17,6 +17,7 @@ from .environment import ROOT
 
 SOURCES = Path(__file__).resolve().parent
 BUILT = ROOT / ".work" / "benchmarks"
+STRICT = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
 
 
 class BuildError(RuntimeError):
@@ -26,52 +27,45 @@ class BuildError(RuntimeError):
 def floor() -> Path:
     """The C program, compiled with the system's ``cc``. Raises :class:`BuildError`."""
     source = SOURCES / "floor" / "floor.c"
-    return _built(
-        BUILT / "floor",
-        [source],
-        lambda target: _run(
-            [
-                "cc",
-                "-std=gnu11",
-                "-O2",
-                "-Wall",
-                "-Wextra",
-                "-Werror",
-                "-pthread",
-                "-o",
-                str(target),
-                str(source),
-            ]
-        ),
+    return built(
+        BUILT / "floor", [source], lambda target: compiled(target, "-O2", "-pthread", *STRICT, str(source))
     )
 
 
 def device() -> ModuleType:
-    """The module compiled from device.pyx, by Cython and the system's ``cc``. Raises :class:`BuildError`."""
+    """The devices of device.pyx. Raises :class:`BuildError`."""
+    return extension("device")
+
+
+def extension(name: str) -> ModuleType:
+    """A module compiled from NAME.pyx, by Cython and the system's ``cc``. Raises :class:`BuildError`."""
     import chv
 
-    source = SOURCES / "device.pyx"
+    source = SOURCES / f"{name}.pyx"
     package = Path(chv.__file__).parent
-    interface = package / "_bus.pxd"
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    path = _built(
-        BUILT / f"device{suffix}",
-        [source, interface],
-        lambda target: _compile(source, package.parent, target),
+    path = built(
+        BUILT / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}",
+        [source, package / "_bus.pxd"],
+        lambda target: _translated(source, package.parent, target),
     )
-    loader = importlib.machinery.ExtensionFileLoader("device", str(path))
-    spec = importlib.util.spec_from_file_location("device", path, loader=loader)
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
 
 
-def _compile(source: Path, include: Path, target: Path) -> None:
-    translated = BUILT / "device.c"
+def _translated(source: Path, include: Path, target: Path) -> None:
+    translated = BUILT / f"{source.stem}.c"
     _run([sys.executable, "-m", "cython", "-I", str(include), "-o", str(translated), str(source)])
-    shared = ["cc", "-shared", "-fPIC", "-O2", "-Wall", "-pthread", f"-I{sysconfig.get_paths()['include']}"]
-    _run([*shared, "-o", str(target), str(translated)])
+    headers = f"-I{sysconfig.get_paths()['include']}"
+    compiled(target, "-shared", "-fPIC", "-O2", "-Wall", "-pthread", headers, str(translated))
+
+
+def compiled(target: Path, *arguments: str) -> None:
+    """Have the system's ``cc`` make ``target``. Raises :class:`BuildError`."""
+    _run(["cc", *arguments, "-o", str(target)])
 
 
 def _run(command: list[str]) -> None:
@@ -83,7 +77,7 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}".rstrip())
 
 
-def _built(target: Path, sources: list[Path], build: Callable[[Path], None]) -> Path:
+def built(target: Path, sources: list[Path], build: Callable[[Path], None]) -> Path:
     """``target``, built first if it is older than a source; one process at a time."""
     newest = max(source.stat().st_mtime for source in sources)
     if target.exists() and target.stat().st_mtime >= newest:

@@ -10,22 +10,17 @@ installed, callgrind counts instructions an exit: those do not depend on what el
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import importlib.util
 import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
-from benchmarks import trace
-from benchmarks.build import BUILT, SOURCES, _built, _run
+from benchmarks import build, trace
 from benchmarks.environment import ROOT
 from benchmarks.results import Case, Report, finish, parser, progress
 from benchmarks.trace import Access, Layout
@@ -129,13 +124,13 @@ def contestant(who: str, name: str) -> Callable[[], int]:
 
 
 def _buses(who: str, layout: Layout, packed: bytes) -> Callable[[], int]:
-    module, slots = extension(), SlotNames()
+    slots = SlotNames()
     pio, mmio = Bus("pio", 0x10000, slots), Bus("mmio", 0, slots)
-    make = module.Register if who == "chv_c" else PythonRegister
+    make = build.device().Register if who == "chv_c" else PythonRegister
     for bus, ranges in ((pio, layout.pio), (mmio, layout.mmio)):
         for base, size in ranges:
             bus.add(base, size, make(), f"{base:#x}")
-    replay: Callable[[], int] = module.Replay(pio, mmio, packed).run
+    replay: Callable[[], int] = build.extension("_dispatch").Replay(pio, mmio, packed).run
     return replay
 
 
@@ -169,19 +164,19 @@ def collected(name: str, who: str, passes: int) -> int:
 
 def floor(name: str, layout: Layout) -> ctypes.CDLL:
     """dispatch.c with the switch of this trace. Raises :class:`benchmarks.build.BuildError`."""
-    source = SOURCES / "floor" / "dispatch.c"
-    cases = BUILT / f"dispatch_{name}.h"
+    source = build.SOURCES / "floor" / "dispatch.c"
+    cases = build.BUILT / f"dispatch_{name}.h"
     text = cases_of(layout)
-    BUILT.mkdir(parents=True, exist_ok=True)
+    build.BUILT.mkdir(parents=True, exist_ok=True)
     if not cases.exists() or cases.read_text() != text:
         half = cases.with_suffix(".half")
         half.write_text(text)
         half.replace(cases)
-    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    path = _built(
-        BUILT / f"dispatch_{name}.so",
+    flags = ("-O2", "-shared", "-fPIC", *build.STRICT, "-include", str(cases))
+    path = build.built(
+        build.BUILT / f"dispatch_{name}.so",
         [source, cases],
-        lambda target: _run(["cc", *flags, "-include", str(cases), "-o", str(target), str(source)]),
+        lambda target: build.compiled(target, *flags, str(source)),
     )
     return ctypes.CDLL(str(path))
 
@@ -197,28 +192,6 @@ def cases_of(layout: Layout) -> str:
             number += 1
         macros.append(f"#define {macro} {' '.join(cases)}\n")
     return "".join(macros)
-
-
-def extension() -> ModuleType:
-    """The module compiled from _dispatch.pyx. Raises :class:`benchmarks.build.BuildError`."""
-    source = SOURCES / "_dispatch.pyx"
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    path = _built(BUILT / f"_dispatch{suffix}", [source, ROOT / "chv" / "_bus.pxd"], _compile)
-    loader = importlib.machinery.ExtensionFileLoader("_dispatch", str(path))
-    spec = importlib.util.spec_from_file_location("_dispatch", path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-def _compile(target: Any) -> None:
-    translated = BUILT / "_dispatch.c"
-    source = str(SOURCES / "_dispatch.pyx")
-    directives = ["-X", "boundscheck=False", "-X", "wraparound=False", "-X", "cdivision=True"]
-    _run([sys.executable, "-m", "cython", "-I", str(ROOT), *directives, "-o", str(translated), source])
-    include = f"-I{sysconfig.get_paths()['include']}"
-    _run(["cc", "-shared", "-fPIC", "-O2", "-Wall", include, "-pthread", "-o", str(target), str(translated)])
 
 
 if __name__ == "__main__":
