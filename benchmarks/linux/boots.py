@@ -35,8 +35,24 @@ class Wanted:
     kernel: str
     initramfs: str
     cmdline: str
-    vcpus: int
+    vcpus: int = 1
     memory_mib: int = 512
+
+    def chv(self, mark_fd: int, max_vcpus: int | None = None, **more: Any) -> list[str]:
+        """The command of a chv that boots this, with more of VmConfig's parts; see chv_boot.py."""
+        parts = {
+            "kernel": self.kernel, "initramfs": self.initramfs, "cmdline": self.cmdline,
+            "cpus": {"boot_vcpus": self.vcpus, "max_vcpus": max_vcpus or self.vcpus},
+            "memory": {"size": self.memory_mib << 20}, "mark_fd": mark_fd, **more,
+        }  # fmt: skip
+        return [sys.executable, "-m", "benchmarks.linux.chv_boot", json.dumps(parts)]
+
+    def qemu(self, machine: str, smp: str = "") -> list[str]:
+        """The command of a QEMU that boots this, with no device beside the machine's own."""
+        return [
+            *qemu.base(machine, smp or str(self.vcpus), f"{self.memory_mib}M"),
+            *("-kernel", self.kernel, "-initrd", self.initramfs, "-append", self.cmdline),
+        ]
 
 
 @dataclass
@@ -60,16 +76,9 @@ class Boot:
 
 def chv(wanted: Wanted) -> Boot:
     """Boot with chv, in a new Python."""
-    with sockets() as (mine, theirs):
-        parts = {
-            "kernel": wanted.kernel, "initramfs": wanted.initramfs, "cmdline": wanted.cmdline,
-            "cpus": {"boot_vcpus": wanted.vcpus, "max_vcpus": wanted.vcpus},
-            "memory": {"size": wanted.memory_mib << 20}, "mark_fd": theirs.fileno(),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "benchmarks.linux.chv_boot", json.dumps(parts)]
-        with process(command, theirs) as (vmm, boot):
-            watch(mine, vmm, boot)
-            output, errors = vmm.communicate(timeout=60)
+    with sockets() as (mine, theirs), process(wanted.chv(theirs.fileno()), theirs) as (vmm, boot):
+        watch(mine, vmm, boot)
+        output, errors = vmm.communicate(timeout=60)
     if vmm.returncode:
         raise BootFailed(errors.decode(errors="replace")[-500:])
     seen = json.loads(output)
@@ -101,15 +110,7 @@ def host_steps(start: int, seen: dict[str, Any], spans: dict[str, tuple[int, int
 def qemu_boot(wanted: Wanted, machine: str) -> Boot:
     """Boot with one of QEMU's machines."""
     with sockets() as (mine, theirs), sockets() as (monitor, its_monitor):
-        command = qemu.base(
-            machine,
-            smp=str(wanted.vcpus),
-            memory=f"{wanted.memory_mib}M",
-            kernel=wanted.kernel,
-            initramfs=wanted.initramfs,
-            cmdline=wanted.cmdline,
-        )
-        command += ["-S", *qemu.monitor(its_monitor.fileno())]
+        command = [*wanted.qemu(machine), "-S", *qemu.monitor(its_monitor.fileno())]
         command += qemu.debug_console(theirs.fileno(), MARK_PORT)
         monitor.sendall(qemu.START)
         realtime = time.time_ns() - time.monotonic_ns()

@@ -8,7 +8,6 @@ import os
 import select
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -99,12 +98,7 @@ def growth(heard: list[tuple[str, int, int]], start: int, count: int) -> tuple[i
 def chv(wanted: Wanted, maximum: int) -> Iterator[Resizable]:
     """A guest of chv, in a process of its own."""
     with sockets() as (mine, theirs):
-        parts = {
-            "kernel": wanted.kernel, "initramfs": wanted.initramfs, "cmdline": wanted.cmdline,
-            "cpus": {"boot_vcpus": 1, "max_vcpus": maximum},
-            "memory": {"size": wanted.memory_mib << 20}, "mark_fd": theirs.fileno(),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "benchmarks.linux.chv_boot", json.dumps(parts)]
+        command = wanted.chv(theirs.fileno(), maximum)
         with process(command, theirs) as (vmm, _):
 
             def ask(_: int, desired: int) -> None:
@@ -119,14 +113,7 @@ def chv(wanted: Wanted, maximum: int) -> Iterator[Resizable]:
 def q35(wanted: Wanted, maximum: int) -> Iterator[Resizable]:
     """A guest of QEMU's q35."""
     with sockets() as (mine, theirs), sockets() as (monitor, its_monitor):
-        command = qemu.base(
-            "q35",
-            smp=f"1,maxcpus={maximum},sockets={maximum},cores=1,threads=1",
-            memory=f"{wanted.memory_mib}M",
-            kernel=wanted.kernel,
-            initramfs=wanted.initramfs,
-            cmdline=wanted.cmdline,
-        )
+        command = wanted.qemu("q35", f"1,maxcpus={maximum},sockets={maximum},cores=1,threads=1")
         command += [*qemu.monitor(its_monitor.fileno()), *qemu.debug_console(theirs.fileno(), MARK_PORT)]
         monitor.sendall(b'{"execute": "qmp_capabilities"}\n')
         with process(command, theirs, its_monitor) as (vmm, _):

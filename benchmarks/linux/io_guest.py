@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +14,10 @@ from tests.images import ClearImage
 from tests.images.initrd import initrd
 from tests.images.layout import OPTIONS
 
-from . import qemu
-from .boots import BootFailed, process, sockets
+from .boots import BootFailed, Wanted, process, sockets
 
 READY_TIMEOUT = 400.0
 DISK_MIB = 128
-MEMORY_MIB = 512
 
 
 class CommandFailed(Exception):
@@ -33,8 +29,7 @@ class Files:
     """What every contestant boots, and a folder for its own copies."""
 
     image: ClearImage
-    kernel: Path
-    initrd: Path
+    wanted: Wanted
     folder: Path
 
     @classmethod
@@ -43,7 +38,7 @@ class Files:
         series = next(iter(image.entries))
         path = folder / "initrd"
         path.write_bytes(initrd(kernel(series)))
-        return cls(image, kernel(series).bzimage, path, folder)
+        return cls(image, Wanted(str(kernel(series).bzimage), str(path), OPTIONS), folder)
 
     def copies(self, who: str) -> tuple[ClearImage, Path]:
         """A root disk and a disk to measure on, without holes, for one contestant."""
@@ -120,9 +115,9 @@ def start(who: str, files: Files) -> Iterator[IoGuest]:
     with tap(guest.tap, image), sockets() as (mine, theirs):
         guest.turn(True)
         if who == "chv":
-            command = chv_command(files, image, data, guest.tap, theirs.fileno())
+            command = chv_command(files.wanted, image.path, data, guest.tap, theirs.fileno())
         else:
-            command = qemu_command(files, image, data, guest.tap, who.removeprefix("qemu_"))
+            command = qemu_command(files.wanted, image.path, data, guest.tap, who.removeprefix("qemu_"))
         with process(command, theirs) as (vmm, _):
             guest.wait(vmm)
             guest.turn(False)
@@ -130,36 +125,19 @@ def start(who: str, files: Files) -> Iterator[IoGuest]:
         mine.close()
 
 
-def chv_command(files: Files, image: ClearImage, data: Path, tap_name: str, mark_fd: int) -> list[str]:
+def chv_command(wanted: Wanted, root: Path, data: Path, tap_name: str, mark_fd: int) -> list[str]:
     """chv in a process of its own."""
-    parts = {
-        "kernel": str(files.kernel), "initramfs": str(files.initrd), "cmdline": OPTIONS,
-        "cpus": {"boot_vcpus": 1, "max_vcpus": 1}, "memory": {"size": MEMORY_MIB << 20},
-        "disks": [{"path": str(image.path)}, {"path": str(data)}], "net": [{"tap": tap_name}],
-        "mark_fd": mark_fd,
-    }  # fmt: skip
-    return [sys.executable, "-m", "benchmarks.linux.chv_boot", json.dumps(parts)]
+    return wanted.chv(mark_fd, disks=[{"path": str(root)}, {"path": str(data)}], net=[{"tap": tap_name}])
 
 
-def qemu_command(files: Files, image: ClearImage, data: Path, tap_name: str, aio: str) -> list[str]:
+def qemu_command(wanted: Wanted, root: Path, data: Path, tap_name: str, aio: str) -> list[str]:
     """QEMU's q35 with the same devices: raw files, an iothread for the measured disk, a tap without vhost."""
-    command = qemu.base(
-        "q35",
-        smp="1",
-        memory=f"{MEMORY_MIB}M",
-        kernel=str(files.kernel),
-        initramfs=str(files.initrd),
-        cmdline=OPTIONS,
-    )
-    command += [
-        "-serial",
-        "null",
-        "-object",
-        "iothread,id=disk",
-        "-object",
-        "rng-random,id=entropy,filename=/dev/urandom",
+    command = [
+        *wanted.qemu("q35"),
+        *("-serial", "null", "-object", "iothread,id=disk"),
+        *("-object", "rng-random,id=entropy,filename=/dev/urandom"),
     ]
-    for name, path, thread in (("root", image.path, ""), ("data", data, ",iothread=disk")):
+    for name, path, thread in (("root", root, ""), ("data", data, ",iothread=disk")):
         command += ["-drive", f"if=none,id={name},format=raw,cache=writeback,aio={aio},file={path}"]
         command += ["-device", f"virtio-blk-pci,drive={name}{thread}"]
     command += ["-netdev", f"tap,id=net,ifname={tap_name},script=no,downscript=no,vhost=off"]

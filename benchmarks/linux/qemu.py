@@ -18,12 +18,11 @@ START = b'{"execute": "qmp_capabilities"}\n{"execute": "cont"}\n'
 """Written to the monitor before QEMU starts: with -S it begins as soon as it is ready, and says when."""
 
 
-def base(machine: str, *, smp: str, memory: str, kernel: str, initramfs: str, cmdline: str) -> list[str]:
+def base(machine: str, smp: str, memory: str) -> list[str]:
     """QEMU with KVM and no device beside the machine's own."""
     return [
         *(PROGRAM, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-machine", MACHINES[machine], "-accel", "kvm", "-cpu", "host", "-smp", smp, "-m", memory),
-        *("-kernel", kernel, "-initrd", initramfs, "-append", cmdline),
     ]
 
 

@@ -22,12 +22,11 @@ from benchmarks.linux import boots, qemu
 from benchmarks.linux.boots import Boot, BootFailed, Wanted, host_steps
 from benchmarks.linux.guest import CPUS_INIT, END, INIT, compiled
 from benchmarks.linux.hotplug import Ear, Silent, growth, parse, qemu_request
-from benchmarks.linux.io_guest import CommandFailed, Files, chv_command, qemu_command
+from benchmarks.linux.io_guest import CommandFailed, chv_command, qemu_command
 from benchmarks.linux.kernel_log import breakdown, group, init_us, lines
 from benchmarks.linux.traffic import Stream, dd_rate, fio_result
 from benchmarks.linux.where import enter, without_json
 from benchmarks.results import Report
-from tests.images import ClearImage
 from tests.support import require
 
 LOG = """<5>[    0.000000] Linux version 6.12
@@ -316,11 +315,11 @@ def test_a_stream_counts_what_passes(sending: bool) -> None:
 
 
 def test_contestants_get_the_same_devices() -> None:
-    image = ClearImage(Path("/root.img"), Path("/key"), {})
-    files = Files(image, Path("/k"), Path("/i"), Path("/"))
-    parts = json.loads(chv_command(files, image, Path("/data"), "bench-chv", 7)[-1])
+    disks = Path("/root.img"), Path("/data")
+    wanted = Wanted("/k", "/i", "quiet root=/dev/vda")
+    parts = json.loads(chv_command(wanted, *disks, "bench-chv", 7)[-1])
     assert [disk["path"] for disk in parts["disks"]] == ["/root.img", "/data"]
-    command = qemu_command(files, image, Path("/data"), "bench-q", "threads")
+    command = qemu_command(wanted, *disks, "bench-q", "threads")
     drives = [command[i + 1] for i, word in enumerate(command) if word == "-drive"]
     assert [drive.rpartition("file=")[2] for drive in drives] == ["/root.img", "/data"]
     assert all("aio=threads" in drive for drive in drives)
