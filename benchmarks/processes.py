@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -94,24 +95,15 @@ def connection(path: str, process: subprocess.Popen[bytes]) -> socket.socket:
 
 def ask(client: socket.socket, verb: str, endpoint: str, body: object = None) -> int:
     """One request to the REST API on an open connection; the status of its answer."""
-    data = b"" if body is None else json.dumps(body).encode()
-    head = f"{verb} /api/v1/{endpoint} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n"
-    client.sendall(head.encode() + data)
-    answer = b""
-    while b"\r\n\r\n" not in answer:
-        answer += _more(client)
-    header, _, rest = answer.partition(b"\r\n\r\n")
-    length = re.search(rb"(?i)content-length: *([0-9]+)", header)
-    while length is not None and len(rest) < int(length[1]):
-        rest += _more(client)
-    return int(header.split(b" ", 2)[1])
-
-
-def _more(client: socket.socket) -> bytes:
-    data = client.recv(1 << 16)
-    if not data:
-        raise Absent("the API closed the connection")
-    return data
+    line = http.client.HTTPConnection("localhost")
+    line.sock = client
+    try:
+        line.request(verb, f"/api/v1/{endpoint}", None if body is None else json.dumps(body))
+        answer = line.getresponse()
+        answer.read()
+    except http.client.HTTPException as error:
+        raise Absent(f"the API: {error}") from error
+    return answer.status
 
 
 def vmm_memory(pid: int, guest_size: int) -> int:
