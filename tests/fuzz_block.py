@@ -14,7 +14,6 @@ A failure prints the input; ``--input HEX`` runs that one again.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import random
@@ -41,7 +40,7 @@ from tests.block_model import (
     Touched,
 )
 from tests.fuzz_virtqueue import Mismatch, Reader, same
-from tests.fuzzing import Inputs
+from tests.fuzzing import Inputs, parser, seed_of
 from tests.virtio_driver import WRITE
 
 SECTORS = 96
@@ -304,17 +303,8 @@ def good_request(bench: Bench, rng: random.Random, head: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz_block", description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
-    parser.add_argument(
-        "--seed", type=int, default=None, help="of the random numbers (default: another each time)"
-    )
-    parser.add_argument("--input", type=bytes.fromhex, default=None, metavar="HEX", help="run only this one")
-    parser.add_argument(
-        "--record", type=Path, default=None, metavar="FILE", help="has the last input if it crashes"
-    )
-    chosen = parser.parse_args(arguments)
-    seed = random.SystemRandom().randrange(1 << 32) if chosen.seed is None else chosen.seed
+    chosen = parser("fuzz_block", __doc__).parse_args(arguments)
+    seed = seed_of(chosen)
     with Corpus(seed, chosen.record) as corpus:
         folder = Path(corpus.folder.name)
         if chosen.input is not None:
@@ -322,13 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("the disk and the model agree")
             return 0
         print(f"seed {seed}, io_uring {'is not there' if io_uring_error() else 'is used'}", flush=True)
-        end = time.monotonic() + chosen.seconds * 0.75
-        shown = time.monotonic()
-        while time.monotonic() < end:
-            corpus.step()
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                print(corpus.progress(), flush=True)
+        corpus.keep_on(chosen.seconds * 0.75)
         print(f"{corpus.progress()}: all agree")
         end = time.monotonic() + chosen.seconds * 0.25
         outcomes = hammer(lambda outcomes: time.monotonic() > end, seed, folder)

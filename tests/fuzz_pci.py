@@ -12,18 +12,14 @@ ioeventfd or descriptor may be left. ``--input HEX`` runs one input again.
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
 import os
-import random
 import sys
 import time
-from pathlib import Path
 
 from chv import layout
 from chv.virtio.device import F_RING_RESET, F_VERSION_1
 from tests.fuzz_virtqueue import Mismatch, Reader, same
-from tests.fuzzing import Inputs
+from tests.fuzzing import Inputs, parser, seed_of
 from tests.unit.pci_machine import MEMORY, Echo, PciMachine
 from tests.unit.test_virtio_pci import NOTIFY, STATUS, TABLE, Driver
 
@@ -244,34 +240,15 @@ class Corpus(Inputs):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz_pci", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
-    parser.add_argument(
-        "--seed", type=int, default=None, help="of the random numbers (default: another each time)"
-    )
-    parser.add_argument("--input", type=bytes.fromhex, default=None, metavar="HEX", help="run only this one")
-    parser.add_argument(
-        "--record", type=Path, default=None, metavar="FILE", help="has the last input if it crashes"
-    )
-    chosen = parser.parse_args(arguments)
+    chosen = parser("fuzz_pci", __doc__).parse_args(arguments)
     if chosen.input is not None:
         Run(chosen.input).go()
         print("every device works")
         return 0
-    seed = random.SystemRandom().randrange(1 << 32) if chosen.seed is None else chosen.seed
+    seed = seed_of(chosen)
     print(f"seed {seed}", flush=True)
     corpus = Corpus(seed, chosen.record)
-    end = time.monotonic() + chosen.seconds
-    shown = time.monotonic()
-    while time.monotonic() < end:
-        faulthandler.dump_traceback_later(HANG, exit=True)
-        corpus.step()
-        if time.monotonic() - shown > 10:
-            shown = time.monotonic()
-            print(corpus.progress(), flush=True)
-    faulthandler.cancel_dump_traceback_later()
+    corpus.keep_on(chosen.seconds, HANG)
     print(f"{corpus.progress()}: every device works")
     return 0
 

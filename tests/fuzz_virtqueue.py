@@ -30,7 +30,7 @@ from chv._bus import buffer_address
 from chv._irq import IrqSource, IrqStatus
 from chv._virtqueue import Chain, Queue, RamMap
 from chv.memory import GuestMemory, Region
-from tests.fuzzing import Inputs
+from tests.fuzzing import Inputs, parser, seed_of
 from tests.virtqueue_model import BAD_INDEX, Image, Model, ModelChain
 
 REGIONS = {0x0: 0x3000, 0x8000: 0x2000}  # base -> bytes; a hole between, nothing behind
@@ -547,19 +547,9 @@ def check_any(memory: SmallMemory, chain: Chain) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz_virtqueue", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
-    parser.add_argument(
-        "--seed", type=int, default=None, help="of the random numbers (default: another each time)"
-    )
-    parser.add_argument("--input", type=bytes.fromhex, default=None, metavar="HEX", help="run only this one")
-    parser.add_argument(
-        "--record", type=Path, default=None, metavar="FILE", help="has the last input if it crashes"
-    )
-    parser.add_argument("--scribble", type=int, nargs=len(REGIONS), default=None, help=argparse.SUPPRESS)
-    chosen = parser.parse_args(arguments)
+    made = parser("fuzz_virtqueue", __doc__)
+    made.add_argument("--scribble", type=int, nargs=len(REGIONS), default=None, help=argparse.SUPPRESS)
+    chosen = made.parse_args(arguments)
     if chosen.scribble is not None:
         scribble(SmallMemory(chosen.scribble), chosen.seed)
         return 0
@@ -567,16 +557,10 @@ def main(arguments: list[str] | None = None) -> int:
         Run(chosen.input).go()
         print("the queue and the model agree")
         return 0
-    seed = random.SystemRandom().randrange(1 << 32) if chosen.seed is None else chosen.seed
+    seed = seed_of(chosen)
     print(f"seed {seed}", flush=True)
     corpus = Corpus(seed, chosen.record)
-    end = time.monotonic() + chosen.seconds * 0.75
-    shown = time.monotonic()
-    while time.monotonic() < end:
-        corpus.step()
-        if time.monotonic() - shown > 10:
-            shown = time.monotonic()
-            print(corpus.progress(), flush=True)
+    corpus.keep_on(chosen.seconds * 0.75)
     print(f"{corpus.progress()}: all agree")
     end = time.monotonic() + chosen.seconds * 0.25
     outcomes = hammer(lambda outcomes: time.monotonic() > end, seed)

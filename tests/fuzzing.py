@@ -1,12 +1,38 @@
-"""What the fuzzers share: a corpus that grows by what leads somewhere new, and how its inputs are changed."""
+"""What the fuzzers share: their options, a corpus that grows by what is new, how its inputs are changed."""
 
 from __future__ import annotations
 
+import argparse
+import faulthandler
 import random
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
 from tests.sanitized.edges import Edges
+
+SHOWN_EVERY = 10.0  # seconds
+
+
+def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """How long, from which random numbers, which input alone, and where the last one is kept."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m tests.{module}", description=(doc or "").partition("\n")[0]
+    )
+    made.add_argument("--seconds", type=float, default=60, help="how long (default: 60)")
+    made.add_argument(
+        "--seed", type=int, default=None, help="of the random numbers (default: another each time)"
+    )
+    made.add_argument("--input", type=bytes.fromhex, default=None, metavar="HEX", help="run only this one")
+    made.add_argument(
+        "--record", type=Path, default=None, metavar="FILE", help="has the last input if it crashes"
+    )
+    return made
+
+
+def seed_of(chosen: argparse.Namespace) -> int:
+    """The seed that was asked for, or another each time."""
+    return random.SystemRandom().randrange(1 << 32) if chosen.seed is None else int(chosen.seed)
 
 
 class Inputs(ABC):
@@ -43,6 +69,20 @@ class Inputs(ABC):
             self.seen |= seen
             self.inputs.append(data)
         return data
+
+    def keep_on(self, seconds: float, hang: float | None = None) -> None:
+        """Run inputs for so long; one that takes more than ``hang`` seconds ends the process."""
+        end = time.monotonic() + seconds
+        shown = time.monotonic()
+        while time.monotonic() < end:
+            if hang is not None:
+                faulthandler.dump_traceback_later(hang, exit=True)
+            self.step()
+            if time.monotonic() - shown > SHOWN_EVERY:
+                shown = time.monotonic()
+                print(self.progress(), flush=True)
+        if hang is not None:
+            faulthandler.cancel_dump_traceback_later()
 
     def progress(self) -> str:
         """How far it has come."""
