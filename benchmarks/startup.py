@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import resource
+import select
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.guests import elf
+from benchmarks.linux.where import compile_ahead
 from benchmarks.processes import CHV, Absent, ask, connection, qemu, started, vmm_memory
 from benchmarks.results import Case, Report, finish, parser, progress
 from benchmarks.statistics import median
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = made.parse_args(arguments)
     rounds = options.rounds or (3 if options.quick else 15)
     lives = options.lives or (20 if options.quick else 1000)
+    compile_ahead()
     report = Report("startup", options.quick, reference=REFERENCE)
     with tempfile.TemporaryDirectory() as folder, progress(3 * rounds + 2, "startup") as bar:
         kernel = Path(folder, "kernel")
@@ -71,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def imports(case: Case, rounds: int, bar: Any) -> None:
     """Fresh interpreters, one of each a round; and what they have imported then."""
     for code in IMPORTS.values():
-        _python(code)  # writes bytecode and warms the page cache
+        _python(code)  # warms the page cache
     used: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for _ in range(rounds):
         bar.advance("import")
@@ -180,8 +183,6 @@ def first_byte(kernel: Path, name: str) -> float:
 
 
 def _await_byte(process: subprocess.Popen[bytes]) -> None:
-    import select
-
     assert process.stdout is not None
     if not select.select([process.stdout], [], [], 20)[0]:
         raise Absent("the guest wrote nothing in 20 s: this KVM does not run what comes before it")

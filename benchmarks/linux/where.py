@@ -24,9 +24,7 @@ def enter(module: str, arguments: Sequence[str], json: Path | None) -> int | Non
     """
     if not needed():
         return None
-    # What is compiled inside is lost, and compiling takes long there.
-    for package in ("chv", "tests", "benchmarks"):
-        compileall.compile_dir(ROOT / package, quiet=2)
+    compile_ahead()
     with tempfile.TemporaryDirectory(prefix="chv-bench-") as folder:
         inside = Path(folder) / "result.json"
         command = [sys.executable, "-m", "tests.testbed", "--results", folder, "--modules", MODULES, "--"]
@@ -36,6 +34,15 @@ def enter(module: str, arguments: Sequence[str], json: Path | None) -> int | Non
             json.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(inside, json)
     return status
+
+
+def compile_ahead() -> None:
+    """Write the bytecode of all modules, as an installation does.
+
+    In the testbed it would be lost; with PYTHONDONTWRITEBYTECODE set, every process would compile again.
+    """
+    for package in ("chv", "tests", "benchmarks"):
+        compileall.compile_dir(ROOT / package, quiet=2)
 
 
 def without_json(arguments: Sequence[str]) -> list[str]:
