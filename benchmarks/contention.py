@@ -112,20 +112,10 @@ def python_spins(folder: Path, interval: float | None = None) -> Iterator[Gauges
     before = sys.getswitchinterval()
     if interval is not None:
         sys.setswitchinterval(interval)
-    stop = threading.Event()
-
-    def spin() -> None:
-        stopped = stop.is_set
-        while not stopped():
-            pass
-
-    thread = threading.Thread(target=spin)
-    thread.start()
     try:
-        yield {"switch_interval": (sys.getswitchinterval() * 1e6, "us")}
+        with exit_chv.spinning():
+            yield {"switch_interval": (sys.getswitchinterval() * 1e6, "us")}
     finally:
-        stop.set()
-        thread.join()
         sys.setswitchinterval(before)
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import chv
@@ -131,7 +131,7 @@ def run(guest: Guest, device: Any, *, python: bool, spin: bool = False) -> tuple
     control = Control(device, guest, python=python)
     with (
         chv.VM(kernel=guest.elf, cpus=guest.cpus, memory=guests.MEMORY_SIZE, serial="off") as vm,
-        _spinning(spin),
+        spinning() if spin else nullcontext(),
     ):
         control.vm = vm
         for add, base, name in ((vm.add_pio, guests.PIO, "pio"), (vm.add_mmio, guests.MMIO, "mmio")):
@@ -155,23 +155,22 @@ def run(guest: Guest, device: Any, *, python: bool, spin: bool = False) -> tuple
 
 
 @contextmanager
-def _spinning(wanted: bool) -> Iterator[None]:
-    stop = False
+def spinning() -> Iterator[None]:
+    """A Python thread that holds the GIL whenever it can."""
+    stop = threading.Event()
 
     def spin() -> None:
-        number = 0
-        while not stop:
-            number += 1
+        stopped = stop.is_set
+        while not stopped():
+            pass
 
     thread = threading.Thread(target=spin, daemon=True)
-    if wanted:
-        thread.start()
+    thread.start()
     try:
         yield
     finally:
-        stop = True
-        if wanted:
-            thread.join()
+        stop.set()
+        thread.join()
 
 
 def switch_interval() -> float:

@@ -364,15 +364,20 @@ def _ipi(at: int, count: int) -> bytes:
 def _trampoline(target: int) -> bytes:
     """Real mode code at _TRAMPOLINE, where a vCPU begins after a SIPI: to protected mode, to ``target``."""
     gdt = ENTRY + _JUMP_SIZE
-    code = machine_code(
+    code = _protected_mode(26, target)
+    return code.ljust(26, b"\x90") + _gdtr(gdt)
+
+
+def _protected_mode(gdtr: int, target: int) -> bytes:
+    """From real mode to protected mode, to ``target``; ``gdtr`` is where _gdtr() lies in this segment."""
+    return machine_code(
         f"""fa ; cli
-        66 2e 0f 01 16 1a00 ; lgdt cs:[26], 32-bit base
+        66 2e 0f 01 16 {_le(gdtr, 2)} ; lgdt cs:[gdtr], 32-bit base
         0f 20 c0 ; mov eax, cr0
         0c 01 ; or al, 1
         0f 22 c0 ; mov cr0, eax
         66 ea {_le(target)} 0800 ; jmp 8:target"""
     )
-    return code.ljust(26, b"\x90") + _gdtr(gdt)
 
 
 def _finish() -> bytes:
@@ -400,14 +405,7 @@ def rom(code: bytes) -> bytes:
     image = bytearray(b"\xff" * 0x10000)
     image[: len(code)] = code
     start = 0xFF00
-    enter = machine_code(
-        f"""fa ; cli
-        66 2e 0f 01 16 80ff ; lgdt cs:[0xff80], 32-bit base
-        0f 20 c0 ; mov eax, cr0
-        0c 01 ; or al, 1
-        0f 22 c0 ; mov cr0, eax
-        66 ea {_le(0xF0000 + start + 0x20)} 0800 ; jmp 8:the next part"""
-    )
+    enter = _protected_mode(0xFF80, 0xF0000 + start + 0x20)
     copy = machine_code(
         f"""66 b8 1000 ; mov ax, 0x10
         8e d8 ; mov ds, ax

@@ -72,18 +72,18 @@ def times(report: dict[str, Any]) -> Table:
     for head in ("p50", "p90", "p99", "p99.9", "max", "n", f"/ {reference}", "±"):
         table.add_column(head, justify="right")
     for case in report["cases"]:
-        for number, (name, who) in enumerate(case["contestants"].items()):
-            names = (case["name"] if number == 0 else "", name)
-            if "p50_ns" in who:
-                table.add_row(
-                    *names,
-                    *(duration(who[key]) for key in ("p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns")),
-                    str(who["n"]),
-                    *(
-                        f"{who[key]:.3f}" if key in who else ""
-                        for key in (f"ratio_to_{reference}", "ratio_spread")
-                    ),
-                )
+        present = {name: who for name, who in case["contestants"].items() if "p50_ns" in who}
+        for number, (name, who) in enumerate(present.items()):
+            table.add_row(
+                case["name"] if number == 0 else "",
+                name,
+                *(duration(who[key]) for key in ("p50_ns", "p90_ns", "p99_ns", "p999_ns", "max_ns")),
+                str(who["n"]),
+                *(
+                    f"{who[key]:.3f}" if key in who else ""
+                    for key in (f"ratio_to_{reference}", "ratio_spread")
+                ),
+            )
     return table
 
 
