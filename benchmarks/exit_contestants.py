@@ -44,6 +44,7 @@ class Contestant(ABC):
     def run(self, guest: Guest) -> tuple[bytes, Exits | None]:
         """What the guest wrote, and how many exits its register had by bus, if the VMM counts them.
 
+        The VMM runs on the processors that this thread may run on.
         Raises :class:`Absent` if the guest does not come to its end.
         """
 
@@ -88,8 +89,9 @@ class Worker(Contestant):
     def run(self, guest: Guest) -> tuple[bytes, Exits]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        wanted = {"guest": asdict(guest), "cpus": sorted(os.sched_getaffinity(0))}
         try:
-            self._process.stdin.write(json.dumps(asdict(guest)) + "\n")
+            self._process.stdin.write(json.dumps(wanted) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise Absent(f"its process ended with status {self._process.wait()}") from None

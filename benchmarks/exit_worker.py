@@ -1,12 +1,14 @@
 """A Python contestant of the exit benchmarks, in a process of its own.
 
-``python -m benchmarks.exit_worker NAME`` takes one guest after another, as lines of JSON on standard input,
-and answers each with a line: ``{"output": hex, "exits": {...}}`` or ``{"error": text}``.
+``python -m benchmarks.exit_worker NAME`` takes one guest after another, as lines of JSON on standard input
+(``{"guest": {...}, "cpus": [...]}``, the processors to run it on), and answers each with a line:
+``{"output": hex, "exits": {...}}`` or ``{"error": text}``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 
@@ -31,7 +33,9 @@ def main() -> None:
     run = contestants()[sys.argv[1]]
     for line in sys.stdin:
         try:
-            output, exits = run(Guest(**json.loads(line)))
+            wanted = json.loads(line)
+            os.sched_setaffinity(0, wanted["cpus"])  # its vCPUs' threads, too, which this one starts
+            output, exits = run(Guest(**wanted["guest"]))
             answer: dict[str, object] = {"output": output.hex(), "exits": exits}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -13,20 +13,22 @@ first instruction of the interrupt's handler. ``ipi`` ends when the sender sees 
 - ``qemu``: the guest is its firmware, the register is its pci-testdev
 
 A turn is two runs of one guest, by the floor and by another contestant, and the ratio is that of their two
-medians: machines change their speed from second to second, by more than what is looked for. All take turns in
-a round, in an order that rotates; who of the two is first changes, too. The report has the median of a case's
-ratios, and ``over_floor_ns``, the difference of the two medians taken likewise; ``ratio_to_qemu`` is chv_c's
-ratio to the floor by QEMU's. The first samples of a guest are left out, as they meet cold caches. Cases that
-no VMM has a part in (``cpuid``) show what noise is left.
+medians: machines change their speed from second to second, by more than what is looked for. Both run on one
+processor, another in the next round, where the guest has one vCPU and nothing computes beside it. All take
+turns in a round, in an order that rotates; who of the two is first changes, too. The report has the median of
+a case's ratios, and ``over_floor_ns``, the difference of the two medians taken likewise; ``ratio_to_qemu`` is
+chv_c's ratio to the floor by QEMU's. The first samples of a guest are left out, as they meet cold caches.
+Cases that no VMM has a part in (``cpuid``) show what noise is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -157,7 +159,9 @@ def measure(
                         if guest is not None:
                             bar.advance(f"{group}: {contestant.name}")
                             pair = (floor, contestant) if number % 2 else (contestant, floor)
-                            if not _take_turn(pair, guest, cases, scale):
+                            with _processor(number, contestant, group):
+                                succeeded = _take_turn(pair, guest, cases, scale)
+                            if not succeeded:
                                 del plan[contestant.name][group]
     for case in cases.values():
         case.compare()
@@ -194,6 +198,18 @@ def make_plan(contestants: Sequence[Contestant], folder: Path, iterations: int) 
             if any(contestant.lacks(case) is None for case in guests.cases_of(group)):
                 plan[contestant.name][group] = guests.write_guest(folder, group, count)
     return plan
+
+
+@contextmanager
+def _processor(number: int, contestant: Contestant, group: str) -> Iterator[None]:
+    """Keep a turn on one processor, unless it has two threads that are to run at once."""
+    allowed = os.sched_getaffinity(0)
+    if group == "single" and contestant.name != "chv_py_spin":
+        os.sched_setaffinity(0, {sorted(allowed)[number // 2 % len(allowed)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def _take_turn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -34,12 +35,14 @@ class Imitation(Contestant):
         self.lacking = lacking
         self.fails = fails
         self.turns = 0
+        self.processors: list[list[int]] = []
 
     def lacks(self, case: guests.Case) -> str | None:
         return "it has none" if case.name == self.lacking else None
 
     def run(self, guest: Guest) -> tuple[bytes, Exits | None]:
         self.turns += 1
+        self.processors.append(sorted(os.sched_getaffinity(0)))
         if self.fails:
             raise Absent("it fell over")
         cold = [10_000 * self.factor] * exits.WARM_UP
@@ -165,6 +168,16 @@ def test_a_machine_that_slows_down_does_not_change_ratios() -> None:
     assert found["chv_c"]["ratio_to_floor"] == pytest.approx(1.1)
     assert found["chv_c"]["ratio_to_qemu"] == pytest.approx(0.55)
     assert found["floor"]["ratio_to_floor"] == 1
+
+
+def test_a_turn_stays_on_one_processor_if_nothing_computes_beside_it() -> None:
+    here = sorted(os.sched_getaffinity(0))
+    alone, beside = Imitation("chv_c", 1), Imitation("chv_py_spin", 1)
+    exits.measure(floor(), [alone, beside], {}, rounds=2 * len(here))
+    single, wake, ipi = (alone.processors[start::3] for start in range(3))
+    assert sorted(single) == sorted([number] for number in here for _ in range(2))
+    assert all(found == here for found in (*wake, *ipi, *beside.processors))
+    assert sorted(os.sched_getaffinity(0)) == here
 
 
 def test_the_floor_compiles() -> None:
