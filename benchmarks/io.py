@@ -64,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases.values():
             for who, why in dead.items():
                 case.absent(who, why)
-        for _ in range(rounds):
-            for guest in guests.values():
+        for number in range(rounds):
+            present = list(guests.values())
+            first = number % max(len(present), 1)
+            for guest in (*present[first:], *present[:first]):
                 bar.advance(f"measure {guest.who}")
                 take_turn(guest, cases, jobs, seconds)
                 if options.json is not None:

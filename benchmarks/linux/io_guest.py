@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -52,15 +53,17 @@ class Files:
 
 @dataclass
 class IoGuest:
-    """A guest that runs. While it has its turn, its tap is up and all others' are down."""
+    """A guest that runs only while it has its turn: all share a processor, and an idle guest is not still."""
 
     who: str
     image: ClearImage
     tap: str
+    vmm: subprocess.Popen[bytes]
 
     def turn(self, begin: bool) -> None:
-        """Begin or end a turn: all guests have the same address, on taps of their own."""
+        """Begin or end a turn: the VMM is stopped between two, its tap down, as all have the same address."""
         ip("link", "set", self.tap, "up" if begin else "down")
+        self.vmm.send_signal(signal.SIGCONT if begin else signal.SIGSTOP)
 
     def run(self, command: str, timeout: float = 120) -> str:
         """What a command prints; CommandFailed if its status is not 0 or time is over."""
@@ -74,14 +77,15 @@ class IoGuest:
             raise CommandFailed(f"{command}: status {done.returncode}: {done.stderr[-300:]}")
         return done.stdout
 
-    def wait(self, vmm: subprocess.Popen[bytes]) -> None:
-        """Until ssh answers; BootFailed if it does not."""
+    def wait(self) -> None:
+        """Until ssh answers and all services have started; BootFailed if that does not come."""
         deadline = time.monotonic() + READY_TIMEOUT
         while True:
-            if vmm.poll() is not None:
+            if self.vmm.poll() is not None:
                 raise BootFailed("the VMM ended")
             try:
                 self.run("true", timeout=60)
+                self.run("systemctl is-system-running --wait || true")
                 return
             except CommandFailed as failure:
                 if time.monotonic() > deadline:
@@ -111,15 +115,16 @@ def tap(name: str, image: ClearImage) -> Iterator[None]:
 def start(who: str, files: Files) -> Iterator[IoGuest]:
     """Boot a guest, ready for its first turn. Its name is "chv", or "qemu_" and what its disks use (aio=)."""
     image, data = files.copies(who)
-    guest = IoGuest(who, image, f"bench-{who[-8:].strip('_')}")
-    with tap(guest.tap, image), sockets() as (mine, theirs):
-        guest.turn(True)
+    name = f"bench-{who[-8:].strip('_')}"
+    with tap(name, image), sockets() as (mine, theirs):
         if who == "chv":
-            command = chv_command(files.wanted, image.path, data, guest.tap, theirs.fileno())
+            command = chv_command(files.wanted, image.path, data, name, theirs.fileno())
         else:
-            command = qemu_command(files.wanted, image.path, data, guest.tap, who.removeprefix("qemu_"))
+            command = qemu_command(files.wanted, image.path, data, name, who.removeprefix("qemu_"))
         with process(command, theirs) as (vmm, _):
-            guest.wait(vmm)
+            guest = IoGuest(who, image, name, vmm)
+            guest.turn(True)
+            guest.wait()
             guest.turn(False)
             yield guest
         mine.close()
