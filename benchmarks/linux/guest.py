@@ -15,6 +15,9 @@ CPUS_INIT = Path(__file__).with_name("cpus.c")
 MARK_PORT = 0xE9
 """Where init.c writes: Bochs' debug console."""
 
+BEGIN = b"\x02"
+"""What init.c writes first. What comes before is from a kernel with something to say on its serial port."""
+
 END = b"\x04"
 """What init.c writes last."""
 

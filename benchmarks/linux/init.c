@@ -1,6 +1,6 @@
 /*
- * The first program of a guest whose boot is timed: it says "I" on the debug console, then the kernel's
- * log with what took long, then the byte 4 (end of transmission).
+ * The first program of a guest whose boot is timed: it sends the byte 2 (start of text) to the debug console,
+ * then the kernel's log with what took long, then the byte 4 (end of transmission).
  *
  * It mounts nothing and needs no shell, so nothing of these is in the figure.
  */
@@ -47,7 +47,7 @@ int main(void)
 	char *line, *rest = log;
 
 	mark_open();
-	mark("I");
+	mark("\2");
 	wait_usecs(QUIET_USECS);
 	if (klogctl(SYSLOG_ACTION_READ_ALL, log, sizeof(log) - 1) > 0)
 		while ((line = strsep(&rest, "\n")))
