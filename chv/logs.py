@@ -6,6 +6,14 @@ It takes as long to import as a small VM takes to boot, and most programs never 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+
+_pending: list[Callable[[], object]] = []
+
+
+def set_up_later(setup: Callable[[], object]) -> None:
+    """Have ``setup`` called before the first record."""
+    _pending.append(setup)
 
 
 class Logger:
@@ -39,6 +47,8 @@ class Logger:
     ) -> None:
         import logging
 
+        while _pending:
+            _pending.pop()()
         logging.getLogger(self.name).log(
             getattr(logging, level.upper()), message, *arguments, exc_info=error, stacklevel=3
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 
@@ -47,3 +48,19 @@ def test_nothing_is_imported_until_there_is_a_warning() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (ran.stdout, ran.stderr) == ("False\n", "c\n")
+
+
+def test_the_commands_log_is_set_up_by_its_first_record() -> None:
+    script = (
+        "import sys; from functools import partial; from chv.logs import Logger, set_up_later\n"
+        "from chv.run import start_logging\n"
+        "set_up_later(partial(start_logging, 0, None)); log = Logger('chv.x'); log.info('a')\n"
+        "print('logging' in sys.modules); log.warning('b'); log.info('c'); log.error('d')"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+    lines = [re.sub(r"\d+ ms", "N ms", line) for line in ran.stderr.splitlines()]
+    assert lines == [
+        "chv: N ms: <MainThread> WARNING: chv.x: b",
+        "chv: N ms: <MainThread> ERROR: chv.x: d",
+    ]
