@@ -29,6 +29,7 @@ DISK_JOBS = [
 ]
 QUICK_JOBS = [("randread", "4k", 1), ("randread", "4k", 32), ("randwrite", "4k", 32)]
 MIB = 1 << 20
+SETTLE_SECONDS = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     report = Report("io", options.quick, reference=REFERENCE)
     rounds = options.rounds or (1 if options.quick else 3)
-    seconds = options.seconds or (2 if options.quick else 3)
+    seconds = options.seconds or (2 if options.quick else 5)
     jobs = QUICK_JOBS if options.quick else DISK_JOBS
     wanted = options.contestant or (CONTESTANTS[:2] if options.quick else CONTESTANTS)
     with (
@@ -94,6 +95,8 @@ def take_turn(
     """Everything once, by one contestant. What fails is said and left out."""
     guest.turn(True)
     try:
+        with said(guest.who, "what was due while it stood still"):
+            guest.run(f"sleep {SETTLE_SECONDS}")
         for job in jobs:
             with said(guest.who, job_name(*job)):
                 disk(guest, cases[job_name(*job)], job, seconds)
@@ -117,9 +120,12 @@ def said(who: str, what: str) -> Any:
 
 def disk(guest: IoGuest, case: Case, job: tuple[str, str, int], seconds: int) -> None:
     """One job of fio's."""
+    before = guest.cpu_seconds()
     found = fio_result(guest.run(fio_command(*job, seconds)))
+    spent = guest.cpu_seconds() - before
     case.add(guest.who, [found.p50_ns if job[2] == 1 else 1e9 / found.iops])
     case.value(guest.who, "operations", found.iops, "/s")
+    case.value(guest.who, "cpu", spent / (found.iops * seconds) * 1e6, "us per operation")
     case.value(guest.who, "bandwidth", found.bytes_per_second / MIB, "MiB/s")
 
 

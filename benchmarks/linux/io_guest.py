@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -65,6 +66,11 @@ class IoGuest:
         ip("link", "set", self.tap, "up" if begin else "down")
         self.vmm.send_signal(signal.SIGCONT if begin else signal.SIGSTOP)
 
+    def cpu_seconds(self) -> float:
+        """What the VMM has taken of the processor, its vCPUs and io_uring's workers with it."""
+        fields = Path(f"/proc/{self.vmm.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def run(self, command: str, timeout: float = 120) -> str:
         """What a command prints; CommandFailed if its status is not 0 or time is over."""
         try:
@@ -123,7 +129,7 @@ def start(who: str, files: Files) -> Iterator[IoGuest]:
             command = qemu_command(files.wanted, image.path, data, name, who.removeprefix("qemu_"))
         with process(command, theirs) as (vmm, _):
             guest = IoGuest(who, image, name, vmm)
-            guest.turn(True)
+            ip("link", "set", name, "up")
             guest.wait()
             guest.turn(False)
             yield guest
