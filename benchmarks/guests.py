@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.kvm.guest import machine_code
+
 PIO = 0xC000
 MMIO = 0xD0000000
 REGISTER = 16  # where in both ranges the device's register is; byte 0 chooses a test
@@ -65,11 +67,6 @@ END_MAGIC = b"CHVE"
 
 def _le(value: int, size: int = 4) -> str:
     return value.to_bytes(size, "little").hex()
-
-
-def machine_code(text: str) -> bytes:
-    """The bytes before the ``;`` of each line."""
-    return b"".join(bytes.fromhex(line.split(";")[0].strip()) for line in text.splitlines())
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .threads import leave_signals_to_main
 if TYPE_CHECKING:
     from ._bus import Handler
     from .boot import Payload
+    from .boot.source import StrPath
     from .cpu_hotplug import CpuSlot
     from .virtio.device import VirtioDevice
 
@@ -105,7 +106,8 @@ class VM:
 
     ``serial`` may also be a socket or other object with ``fileno()``: the guest's COM1 reads and
     writes it. One default is not the command line's: ``console`` is off, as a program that uses a
-    library does not expect it to take the terminal.
+    library does not expect it to take the terminal. ``cache_dir`` is a folder, yours alone, in which
+    unpacked kernels are kept for the next VM that boots one of them; see :mod:`chv.boot.cache`.
     All methods may be called from any thread. Leaving the ``with`` block deletes the VM.
     """
 
@@ -115,8 +117,10 @@ class VM:
         /,
         *,
         serial: str | dict[str, Any] | _HasFileno | None = None,
+        cache_dir: StrPath | None = None,
         **parts: Any,
     ) -> None:
+        self._cache_dir = cache_dir
         self._serial_object: _HasFileno | None = None
         if serial is not None and hasattr(serial, "fileno"):
             self._serial_object = serial
@@ -469,6 +473,7 @@ class VM:
                 initramfs=payload.initramfs,
                 cmdline=payload.cmdline or "",
                 memory_size=self.config.memory.size,
+                cache_dir=self._cache_dir,
             )
         assert self.config.disks  # validated
         return boot.prepare_image(
@@ -476,6 +481,7 @@ class VM:
             payload.boot_entry,
             cmdline=payload.cmdline or "",
             memory_size=self.config.memory.size,
+            cache_dir=self._cache_dir,
         )
 
     def _open_serial(self) -> Backend:

@@ -127,12 +127,18 @@ def _folder(path: StrPath | None) -> Path | None:
 
 
 def prepare_image(
-    path: StrPath, boot_entry: str | None = None, *, cmdline: str = "", memory_size: int | None = None
+    path: StrPath,
+    boot_entry: str | None = None,
+    *,
+    cmdline: str = "",
+    memory_size: int | None = None,
+    cache_dir: StrPath | None = None,
 ) -> Payload:
     """Open, check and unpack what a disk image boots: one of its boot entries, the default if that is None.
 
-    ``cmdline`` follows the entry's own options. The image is closed again when this returns. Raises
-    :class:`chv.errors.ImageError` for an image that cannot be read or has no such entry.
+    ``cmdline`` follows the entry's own options, ``cache_dir`` is that of :func:`prepare`. The image is closed
+    again when this returns. Raises :class:`chv.errors.ImageError` for an image that cannot be read or has no
+    such entry.
     """
     from .image import open_image
 
@@ -142,6 +148,7 @@ def prepare_image(
             initramfs=found.initramfs,
             cmdline=f"{found.cmdline} {cmdline}".strip(),
             memory_size=memory_size,
+            cache_dir=cache_dir,
             kernel_name=found.kernel.name,
             initramfs_name=None if found.initramfs is None else found.initramfs.name,
         )

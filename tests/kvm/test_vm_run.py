@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,12 +14,43 @@ from hypothesis import strategies as st
 
 import chv
 from chv import layout
+from chv.boot import decompress
 from chv.config import VmState
 
+from ..unit.boot_images import bzimage
 from .guest import Recorder, eventually
-from .kernels import COUNT, FOREVER, HALT, POWER_OFF, RESET, booted_vm, counter, tiny_vm
+from .kernels import (
+    COUNT,
+    FOREVER,
+    HALT,
+    MEMORY,
+    POWER_OFF,
+    RESET,
+    booted_vm,
+    counter,
+    kernel_bytes,
+    tiny_vm,
+)
 
 MMIO = 0xD0000000
+
+
+def test_a_kernel_is_unpacked_for_the_first_of_its_vms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, folder = tmp_path / "vmlinuz", tmp_path / "cache"
+    kernel.write_bytes(bzimage("zstd", kernel_bytes(POWER_OFF)))
+    for _ in range(2):
+        with chv.VM(kernel=kernel, memory=MEMORY, serial="off", cache_dir=folder) as vm:
+            vm.boot()
+            assert vm.wait(10)
+            assert vm.state is VmState.SHUTDOWN
+        assert len(list(folder.iterdir())) == 1
+
+        def refuse(*_: object) -> bytes:
+            raise AssertionError("unpacked again")
+
+        monkeypatch.setattr(decompress, "unpack", refuse)
 
 
 def test_devices_of_the_user_are_reached_on_both_buses() -> None:
