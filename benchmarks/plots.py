@@ -22,6 +22,7 @@ from .compare import read
 from .statistics import CURVE
 
 COLUMNS = 3
+LINEAR = 8  # ratios that lie further apart are drawn to a logarithmic scale
 
 # The same result gives the same file, and its text is text.
 matplotlib.rcParams.update({"svg.hashsalt": "chv", "svg.fonttype": "none"})
@@ -67,6 +68,7 @@ def ratios(report: dict[str, Any]) -> Figure | None:
         return None
     figure, axis = pyplot.subplots(figsize=(max(7.0, 1.1 * len(cases)), 4.2))
     width = 0.8 / len(names)
+    everything = []
     for number, name in enumerate(names):
         at, heights, spreads = [], [], []
         for place, case in enumerate(cases):
@@ -75,7 +77,11 @@ def ratios(report: dict[str, Any]) -> Figure | None:
                 at.append(place + (number - len(names) / 2 + 0.5) * width)
                 heights.append(who[key])
                 spreads.append(who["ratio_spread"] / 2)
-        axis.bar(at, heights, width, yerr=spreads, label=name, error_kw={"linewidth": 0.8})
+        down = [min(spread, 0.9 * height) for spread, height in zip(spreads, heights, strict=True)]
+        axis.bar(at, heights, width, yerr=[down, spreads], label=name, error_kw={"linewidth": 0.8})
+        everything += heights
+    if max(everything) > LINEAR * min(everything):
+        axis.set_yscale("log")
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xticks(range(len(cases)), [case["name"] for case in cases], rotation=30, ha="right", fontsize=8)
     finish_axis(axis, f"{report['benchmark']}: median of the rounds' ratios to {report['reference']}")
