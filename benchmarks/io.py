@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.linux.boots import BootFailed
 from benchmarks.linux.io_guest import CommandFailed, Files, IoGuest, start
@@ -29,6 +30,7 @@ DISK_JOBS = [
 ]
 QUICK_JOBS = [("randread", "4k", 1), ("randread", "4k", 32), ("randwrite", "4k", 32)]
 MIB = 1 << 20
+Found = TypeVar("Found")
 SETTLE_SECONDS = 10
 
 
@@ -102,7 +104,9 @@ def take_turn(
                 disk(guest, cases[job_name(*job)], job, seconds)
         for name, to_guest in (("net/to_guest", True), ("net/from_guest", False)):
             with said(guest.who, name):
-                bandwidth(guest.who, cases[name], stream(guest, to_guest, seconds))
+                spent, rate = spending(guest, partial(stream, guest, to_guest, seconds))
+                bandwidth(guest.who, cases[name], rate)
+                cases[name].value(guest.who, "host cpu", spent / (rate * seconds / MIB) * 1e3, "ms per MiB")
         with said(guest.who, "rng/read"):
             bandwidth(guest.who, cases["rng/read"], entropy(guest, 64 * seconds))
     finally:
@@ -118,14 +122,19 @@ def said(who: str, what: str) -> Any:
         print(f"io: {who}, {what}: {failure}", file=sys.stderr)
 
 
+def spending(guest: IoGuest, work: Callable[[], Found]) -> tuple[float, Found]:
+    """The seconds of the processor that the VMM took for some work, outside of the guest, and its result."""
+    before = guest.cpu_seconds()
+    found = work()
+    return guest.cpu_seconds() - before, found
+
+
 def disk(guest: IoGuest, case: Case, job: tuple[str, str, int], seconds: int) -> None:
     """One job of fio's."""
-    before = guest.cpu_seconds()
-    found = fio_result(guest.run(fio_command(*job, seconds)))
-    spent = guest.cpu_seconds() - before
+    spent, found = spending(guest, lambda: fio_result(guest.run(fio_command(*job, seconds))))
     case.add(guest.who, [found.p50_ns if job[2] == 1 else 1e9 / found.iops])
     case.value(guest.who, "operations", found.iops, "/s")
-    case.value(guest.who, "cpu", spent / (found.iops * seconds) * 1e6, "us per operation")
+    case.value(guest.who, "host cpu", spent / (found.iops * seconds) * 1e6, "us per operation")
     case.value(guest.who, "bandwidth", found.bytes_per_second / MIB, "MiB/s")
 
 

@@ -355,7 +355,7 @@ def test_a_job_that_fails_is_said_and_the_others_go_on(
     found = {case["name"]: case["contestants"].get("chv") for case in report.as_json()["cases"]}
     assert found["blk/randread/4k/qd1"]["p50_ns"] == 70000
     assert found["blk/randread/4k/qd32"]["p50_ns"] == 500_000
-    assert found["blk/randread/4k/qd32"]["values"]["cpu"] == {"value": 250, "unit": "us per operation"}
+    assert found["blk/randread/4k/qd32"]["values"]["host cpu"] == {"value": 250, "unit": "us per operation"}
     assert found["blk/randwrite/4k/qd32"] is None
     assert found["net/to_guest"]["values"]["bandwidth"] == {"value": 100.0, "unit": "MiB/s"}
     assert "blk/randwrite/4k/qd32: I/O error" in capsys.readouterr().err
