@@ -54,6 +54,7 @@ _SCRATCH = MAILBOX + 16
 _IDT = 0x88000
 _SAMPLES = 0x200000
 _SAMPLES_END = MEMORY_SIZE
+_SETTLE_TICKS = 100_000_000  # of the TSC: 20 to 50 ms
 
 _IOAPIC = 0xFEC00000
 _APIC = 0xFEE00000
@@ -178,6 +179,12 @@ def program(cases: Sequence[Case], iterations: int) -> bytes:
         8e c0 ; mov es, ax
         8e d0 ; mov ss, ax
         {_place_testdev()}
+        0f 31 ; rdtsc
+        89 c6 ; mov esi, eax
+        0f 31 ; rdtsc
+        29 f0 ; sub eax, esi
+        3d {_le(_SETTLE_TICKS)} ; cmp eax, SETTLE_TICKS
+        72 f5 ; jb to the second rdtsc: who has started a guest is busy with that for a while
         bf {_le(_SAMPLES)} ; mov edi, SAMPLES"""
     )
     # The segment register's old contents may be another GDT's: load CS from this one.
