@@ -71,6 +71,8 @@ cdef struct virtqueue:
     iovec *iov              # room for `size` buffers: where vq_pop puts a chain
     uint64_t chains         # taken so far
     uint64_t interrupts     # raised so far
+    uint16_t patience       # how often vq_gather does nothing after it was of no use
+    uint16_t impatience     # how often it still has to do nothing
 
 # A descriptor chain: iov[0:readable] the device reads, iov[readable:readable + writable] it writes.
 # The buffers lie in guest RAM, whose content may change while it is looked at: read each byte once.
@@ -95,6 +97,7 @@ cdef void vq_push(virtqueue *q, uint16_t head, uint32_t written) noexcept nogil 
 cdef void vq_signal(virtqueue *q) noexcept nogil                  # interrupt the guest if it wants one for what was pushed
 cdef bint vq_enable_kick(virtqueue *q) noexcept nogil             # ask for notifications; True: there is something already
 cdef void vq_disable_kick(virtqueue *q) noexcept nogil
+cdef bint vq_gather(virtqueue *q) noexcept nogil                  # before asking: let the guest run; True: it added chains
 cdef int vq_wait(virtqueue *q, int other_fd, short other_events, int timeout_ms) noexcept nogil  # clears kick_fd and wake_fd
 cdef void vq_wake(virtqueue *q) noexcept nogil
 cdef size_t iov_copy_out(const iovec *iov, uint32_t count, size_t offset, void *target, size_t length) noexcept nogil  # from iov; bytes copied

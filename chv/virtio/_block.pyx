@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from .._virtqueue cimport (Queue, chain, io_record, io_stats, iovec, monotonic_ns, virtqueue, vq_disable_kick,
-                           vq_enable_kick, vq_pop, vq_push, vq_signal, vq_wait)
+                           vq_enable_kick, vq_gather, vq_pop, vq_push, vq_signal, vq_wait)
 from ._block_request cimport (KEEP_SIZE, MAX_RANGE, MAX_RANGES, MAX_SEGMENTS, OP_RANGE, OP_READ, OP_SYNC, OP_WRITE,
                               PENDING, PUNCH_HOLE, RETRY, S_OK, SECTOR_SHIFT, SERIAL_SIZE, T_DISCARD, T_FLUSH,
                               T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, advance, chv_flag, chv_sectors, chv_set_flag,
@@ -293,20 +293,29 @@ cdef bint take(worker *w) noexcept nogil:
 
 cdef void serve_ring(worker *w) noexcept nogil:
     """Until told to stop, and then until nothing is in flight."""
-    cdef bint more
+    cdef bint more, busy = False  # busy: something was taken since notifications were asked for
+    cdef uint16_t before
     watch(w, KICK)
     watch(w, WAKE)
     while True:
         reap(w)
         more = False
+        before = w.q.next_avail
         if not ended(w):
             more = take(w)
+            busy = busy or w.q.next_avail != before
         vq_signal(w.q)
         if ended(w):
             if w.in_flight == 0:
                 return
         elif not more and not full(w):
-            more = vq_enable_kick(w.q)
+            if busy:
+                if w.ring.prepared != w.ring.sq_tail[0]:
+                    uring_enter(&w.ring, False)
+                more = vq_gather(w.q)
+            if not more:
+                more = vq_enable_kick(w.q)
+                busy = False
         uring_enter(&w.ring, not more)
 
 
@@ -336,7 +345,7 @@ cdef void serve_plainly(worker *w) noexcept nogil:
                 vq_signal(w.q)
                 told = w.now
         vq_signal(w.q)
-        if not vq_enable_kick(w.q) and not ended(w):
+        if not vq_gather(w.q) and not vq_enable_kick(w.q) and not ended(w):
             vq_wait(w.q, -1, 0, -1)
 
 

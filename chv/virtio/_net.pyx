@@ -271,6 +271,7 @@ cdef void tx_loop(virtqueue *q, sender *s) noexcept nogil:
     cdef chain c
     cdef uint32_t unsignalled = 0
     cdef int got
+    cdef bint busy = False  # something was sent since notifications were asked for
     while not q.stop:
         got = vq_pop(q, &c)
         if got < 0:
@@ -278,10 +279,15 @@ cdef void tx_loop(virtqueue *q, sender *s) noexcept nogil:
         if got == 0:
             vq_signal(q)
             unsignalled = 0
+            if busy and vq_gather(q):
+                continue
+            busy = False
             if not vq_enable_kick(q):
                 vq_wait(q, -1, 0, -1)
             vq_disable_kick(q)
-        elif tx_frame(s, &c):
+            continue
+        busy = True
+        if tx_frame(s, &c):
             vq_push(q, c.head, 0)
             unsignalled += 1
             if unsignalled >= BATCH:
