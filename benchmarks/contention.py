@@ -1,8 +1,8 @@
 """What an exit costs while the same process is busy with something else.
 
 A vCPU writes a port over and over and times each exit by its TSC; the port's handler is in C or in Python.
-Beside it, taking turns: nothing (``idle``); another VM with handlers in Python (``python_vcpu``); a
-Python thread that computes (``python_spins``; ``python_spins_100us``: with ``sys.setswitchinterval(1e-4)``);
+Beside it, taking turns: nothing (``idle``); another VM with handlers in Python (``python_vcpu``); a Python
+thread that computes (``python_spins``; ``python_spins_quick``: threads take turns as in the chv process);
 the REST API answering 1,000 requests a second to a client process (``api``); virtio-rng's worker, which fills
 buffers of 64 KiB (``io_worker``). Ratios are to ``idle``. What needs the GIL waits up to the switch interval.
 """
@@ -24,6 +24,7 @@ from benchmarks.guests import Guest, elf, program
 from benchmarks.processes import ask
 from benchmarks.results import Report, finish, parser, progress
 from chv._kvmrun import nanoseconds_per_tick
+from chv.threads import take_turns_quickly
 
 CASE = "outl_to_user"
 RATE = 1000  # requests a second
@@ -32,6 +33,7 @@ HANDLERS = ("c", "python")
 LOOP = bytes.fromhex("e6 40  eb fc")
 RING = 64
 BUFFER = 64 << 10
+TIMER_SLACK = Path("/proc/self/timerslack_ns")
 
 Gauges = dict[str, tuple[float, str]]
 Disturb = Callable[[Path], contextlib.AbstractContextManager[Gauges]]
@@ -107,21 +109,23 @@ def python_vcpu(folder: Path) -> Iterator[Gauges]:
 
 
 @contextlib.contextmanager
-def python_spins(folder: Path, interval: float | None = None) -> Iterator[Gauges]:
+def python_spins(folder: Path) -> Iterator[Gauges]:
     """A thread that holds the GIL whenever it can."""
-    before = sys.getswitchinterval()
-    if interval is not None:
-        sys.setswitchinterval(interval)
+    with exit_chv.spinning():
+        yield {"switch_interval": (sys.getswitchinterval() * 1e6, "us")}
+
+
+@contextlib.contextmanager
+def python_spins_quick(folder: Path) -> Iterator[Gauges]:
+    """The same with threads that take turns as in the ``chv`` process."""
+    interval, slack = sys.getswitchinterval(), TIMER_SLACK.read_text()
+    take_turns_quickly()
     try:
-        with exit_chv.spinning():
-            yield {"switch_interval": (sys.getswitchinterval() * 1e6, "us")}
+        with python_spins(folder) as gauges:
+            yield gauges
     finally:
-        sys.setswitchinterval(before)
-
-
-def python_spins_100us(folder: Path) -> contextlib.AbstractContextManager[Gauges]:
-    """The same with a switch interval of 100 us."""
-    return python_spins(folder, 1e-4)
+        sys.setswitchinterval(interval)
+        TIMER_SLACK.write_text(slack)
 
 
 @contextlib.contextmanager
@@ -202,7 +206,7 @@ DISTURBANCES: dict[str, Disturb] = {
     "idle": idle,
     "python_vcpu": python_vcpu,
     "python_spins": python_spins,
-    "python_spins_100us": python_spins_100us,
+    "python_spins_quick": python_spins_quick,
     "api": api,
     "io_worker": io_worker,
 }

@@ -59,10 +59,6 @@ UNBUILT = {  # options of Cloud Hypervisor that are not fields of a VM -> what t
 UNBUILT_FLAGS = {"dbus-system-bus": "the D-Bus API", "pvmemcontrol": "pvmemcontrol"}
 
 
-SWITCH_SECONDS = 0.0001
-"""How long a Python thread of the ``chv`` process may compute while another waits to."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``chv`` with ``argv`` (the process's arguments if None); the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -111,9 +107,9 @@ def _main(arguments: list[str]) -> int:
         raise ConfigError("nothing to do: give a VM (--kernel PATH ...), an --api-socket, or both")
 
     from .run import run
+    from .threads import take_turns_quickly
 
-    # A thread that computes must not hold up exits for the 5 ms that Python gives it (docs/benchmarks.md).
-    sys.setswitchinterval(SWITCH_SECONDS)
+    take_turns_quickly()
     return run(
         config,
         api_socket=options.api_socket,
