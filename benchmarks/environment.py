@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import chv
+from tests.testbed import INSIDE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +33,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "kvm": kvm_kind(set(cpu.get("flags", "").split())),
-        "testbed": "rootfstype=virtiofs" in Path("/proc/cmdline").read_text(),
+        "testbed": INSIDE in os.environ,
         "python": platform.python_version(),
         "chv": chv.__version__,
         "qemu": qemu_version(),
