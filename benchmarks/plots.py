@@ -19,10 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .compare import read
-from .statistics import CURVE
+from .statistics import CURVE, quantile
 
 COLUMNS = 3
-LINEAR = 8  # ratios that lie further apart are drawn to a logarithmic scale
 
 # The same result gives the same file, and its text is text.
 matplotlib.rcParams.update({"svg.hashsalt": "chv", "svg.fonttype": "none"})
@@ -37,7 +36,8 @@ def distributions(report: dict[str, Any]) -> Figure | None:
         return None
     columns = min(COLUMNS, len(cases))
     rows = -(-len(cases) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 2.8 * rows), squeeze=False)
+    size = (4.2 * columns, 2.8 * rows + 0.4)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, case in zip(axes.flat, cases, strict=False):
         for name, who in case["contestants"].items():
             if "curve_ns" in who:
@@ -52,9 +52,8 @@ def distributions(report: dict[str, Any]) -> Figure | None:
     lines: dict[str, Any] = {}
     for axis in axes.flat:
         lines.update({line.get_label(): line for line in axis.get_lines()})
-    figure.legend(lines.values(), lines.keys(), loc="lower right", fontsize=8)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize=8)
     figure.suptitle(f"{report['benchmark']}: the part of the samples that is below a time", fontsize=11)
-    figure.tight_layout()
     return figure
 
 
@@ -68,7 +67,7 @@ def ratios(report: dict[str, Any]) -> Figure | None:
         return None
     figure, axis = pyplot.subplots(figsize=(max(7.0, 1.1 * len(cases)), 4.2))
     width = 0.8 / len(names)
-    everything = []
+    bars: list[tuple[float, float]] = []
     for number, name in enumerate(names):
         at, heights, spreads = [], [], []
         for place, case in enumerate(cases):
@@ -77,16 +76,26 @@ def ratios(report: dict[str, Any]) -> Figure | None:
                 at.append(place + (number - len(names) / 2 + 0.5) * width)
                 heights.append(who[key])
                 spreads.append(who["ratio_spread"] / 2)
-        down = [min(spread, 0.9 * height) for spread, height in zip(spreads, heights, strict=True)]
-        axis.bar(at, heights, width, yerr=[down, spreads], label=name, error_kw={"linewidth": 0.8})
-        everything += heights
-    if max(everything) > LINEAR * min(everything):
-        axis.set_yscale("log")
+        axis.bar(at, heights, width, yerr=spreads, label=name, error_kw={"linewidth": 0.8})
+        bars += zip(at, heights, strict=True)
+    cut_off(axis, bars)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xticks(range(len(cases)), [case["name"] for case in cases], rotation=30, ha="right", fontsize=8)
     finish_axis(axis, f"{report['benchmark']}: median of the rounds' ratios to {report['reference']}")
     figure.tight_layout()
     return figure
+
+
+def cut_off(axis: Axes, bars: list[tuple[float, float]]) -> None:
+    """Where a few bars are far higher than the others, show those: the high ones end in their number."""
+    ordered = sorted(height for _, height in bars)
+    top = 1.5 * quantile(ordered, 0.8)
+    if ordered[-1] < 2 * top:
+        return
+    axis.set_ylim(0, top)
+    for at, height in bars:
+        if height > top:
+            axis.text(at, 0.99 * top, f"{height:.3g}", rotation=90, ha="center", va="top", fontsize=7)
 
 
 def parts(report: dict[str, Any]) -> Figure | None:
