@@ -28,7 +28,7 @@ class Contestant:
     """Rounds of samples in nanoseconds, gauges of other units, and why it is absent if it is."""
 
     rounds: list[Sequence[float]] = field(default_factory=list)
-    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: dict[tuple[str, str], list[float]] = field(default_factory=dict)  # by name and unit
     extra: dict[str, Any] = field(default_factory=dict)
     absent: str | None = None
 
@@ -44,7 +44,9 @@ class Contestant:
             found["rounds"] = len(self.rounds)
             found["p50_spread_ns"] = spread([median(samples) for samples in self.rounds])
         if self.values:
-            found["values"] = self.values
+            found["values"] = {
+                name: {"value": median(taken), "unit": unit} for (name, unit), taken in self.values.items()
+            }
         return {**found, **self.extra}
 
 
@@ -63,8 +65,8 @@ class Case:
         who.extra.update(extra)
 
     def value(self, contestant: str, name: str, value: float, unit: str) -> None:
-        """A gauge that is not a time: bytes, descriptors, bytes a second."""
-        self._who(contestant).values[name] = {"value": value, "unit": unit}
+        """A gauge that is not a time: bytes, descriptors, bytes a second. Of several, the median is told."""
+        self._who(contestant).values.setdefault((name, unit), []).append(value)
 
     def absent(self, contestant: str, why: str) -> None:
         """This contestant cannot answer here, and why."""

@@ -101,3 +101,12 @@ def test_the_kind_of_kvm_is_one_of_four() -> None:
     assert kvm_kind({"svm"}) in ("svm", "none")
     assert kvm_kind(set()) in ("emulated", "none")
     assert machine()["kvm"] in ("svm", "vmx", "emulated", "none")
+
+
+def test_of_a_gauge_that_was_read_often_the_median_is_told() -> None:
+    report = Report("example")
+    case = report.case("disk")
+    for rate in (10, 30, 11):
+        case.value("chv", "bandwidth", rate, "MiB/s")
+    found = report.as_json()["cases"][0]["contestants"]["chv"]["values"]
+    assert found == {"bandwidth": {"value": 11, "unit": "MiB/s"}}

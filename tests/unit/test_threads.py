@@ -10,7 +10,8 @@ import sys, threading
 from chv.threads import take_turns_quickly
 take_turns_quickly()
 def slack():
-    print(round(sys.getswitchinterval() * 1e6), open(f"/proc/{threading.get_native_id()}/timerslack_ns").read().strip())
+    with open(f"/proc/{threading.get_native_id()}/timerslack_ns") as file:
+        print(round(sys.getswitchinterval() * 1e6), file.read().strip())
 slack()
 thread = threading.Thread(target=slack)
 thread.start()
