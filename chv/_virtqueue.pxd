@@ -71,6 +71,8 @@ cdef struct virtqueue:
     iovec *iov              # room for `size` buffers: where vq_pop puts a chain
     uint64_t chains         # taken so far
     uint64_t interrupts     # raised so far
+    uint64_t gathered_time  # what the worker had taken of the processor at the last vq_gather, in ns
+    uint64_t gathered_chains
     uint16_t patience       # how often vq_gather does nothing after it was of no use
     uint16_t impatience     # how often it still has to do nothing
 

@@ -71,11 +71,13 @@ cdef extern from *:
         uint64_t count;
         while (fd >= 0 && read(fd, &count, sizeof count) < 0 && errno == EINTR) {}
     }
-    static uint64_t chv_now(void) {
+    static uint64_t chv_clock(clockid_t clock) {
         struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
+        clock_gettime(clock, &now);
         return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
     }
+    static uint64_t chv_now(void) { return chv_clock(CLOCK_MONOTONIC); }
+    static uint64_t chv_thread_time(void) { return chv_clock(CLOCK_THREAD_CPUTIME_ID); }
     """
     uint16_t chv_get16(const uint8_t *p) nogil
     uint32_t chv_get32(const uint8_t *p) nogil
@@ -90,6 +92,7 @@ cdef extern from *:
     void chv_event_add(int fd) nogil
     void chv_event_clear(int fd) nogil
     uint64_t chv_now() nogil
+    uint64_t chv_thread_time() nogil
     int eventfd(unsigned int count, int flags)
     int EFD_CLOEXEC
     int EFD_NONBLOCK
@@ -101,6 +104,7 @@ OTHER = VQ_OTHER
 # Of descriptors and rings (virtio 1.2, 2.7.5, 2.7.6, 2.7.8).
 cdef enum:
     LONGEST_PATIENCE = 63
+    WORTH = 16
     DESC_NEXT = 1
     DESC_WRITE = 2
     DESC_INDIRECT = 4
@@ -316,18 +320,26 @@ cdef bint vq_gather(virtqueue *q) noexcept nogil:
 
     A guest that keeps many requests in flight and shares the processor with the worker adds some more
     meanwhile, without an exit for each and without being interrupted in between. Where the worker has a
-    processor for itself nobody runs meanwhile, and a guest that waits for each request adds one at the most:
-    where fewer than two came, the next times are left out, up to LONGEST_PATIENCE of them.
+    processor for itself nobody runs meanwhile; a guest that waits for each request adds one at the most; and
+    where others run, too, it takes long. So the next times, up to LONGEST_PATIENCE of them, are left out if
+    fewer than two came, or if each took more than WORTH times as long as the worker works on one.
     """
+    cdef uint64_t spent, away, each
     cdef uint16_t added
     if q.used is NULL or q.error != VQ_OK or chv_flag(<int *>&q.stop):
         return False
     if q.impatience:
         q.impatience -= 1
         return False
+    spent = chv_thread_time()
+    away = chv_now()
     sched_yield()
+    away = chv_now() - away
     added = chv_get16(q.avail + RING_INDEX) - q.next_avail
-    q.patience = 0 if added > 1 else min(2 * q.patience + 1, LONGEST_PATIENCE)
+    each = (spent - q.gathered_time) // max(q.chains - q.gathered_chains, <uint64_t>1)
+    q.gathered_time = spent
+    q.gathered_chains = q.chains
+    q.patience = 0 if added > 1 and away // added <= WORTH * each else min(2 * q.patience + 1, LONGEST_PATIENCE)
     q.impatience = q.patience
     return added != 0
 
